@@ -1,0 +1,141 @@
+"""Tile configurations: a table per GPU, with the origin of every row, and the rule that picks one.
+
+Nothing is tuned at run time. A table holds, for one architecture, kernel and arithmetic, rows from the largest tile to
+the smallest; `select` takes the first row whose tiles are not much taller than the problem and still fill the GPU.
+
+`origin` says where a row comes from. "compiles" means: chosen because it compiles without spills and within shared
+memory for every activation (tests/compile_gate.py checks each row again); its speed has not been measured.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """Constants of one compiled variant.
+
+    BLOCK_M × BLOCK_N   output tile; BLOCK_K is the step through the reduction
+    num_warps, num_stages   warps a program, depth of the software pipeline
+    USE_TMA             tensor descriptors instead of pointers; needs 16-byte aligned bases and row strides
+    SPLIT_EPILOGUE      work on the accumulator in two column halves
+    GROUP_M             row tiles that share their columns of tiles in L2
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    USE_TMA: bool = False
+    SPLIT_EPILOGUE: bool = False
+    GROUP_M: int = 8
+    origin: str = "compiles"
+
+    def meta(self) -> dict:
+        """Return the keyword arguments of a launch."""
+        return {key: value for key, value in asdict(self).items() if key != "origin"}
+
+
+def _tma(m, n, k, warps, stages, split=False):
+    return Config(m, n, k, warps, stages, USE_TMA=True, SPLIT_EPILOGUE=split)
+
+
+def _ptr(m, n, k, warps, stages, split=False):
+    return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
+
+
+KERNELS = ("linear_act", "linear_dact", "linear", "dgrad", "wgrad")
+_PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
+
+
+def _table(linear_act, linear_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
+    ieee = (_ptr(64, 64, 32, 8, 3), _ptr(32, 32, 32, 4, 3))
+    sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
+    rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
+    rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS}
+    return rows | {(kernel, "ieee"): ieee for kernel in KERNELS}
+
+
+TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
+    "sm_80": _table(
+        linear_act=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
+        linear_dact=(_ptr(128, 64, 64, 8, 3), _ptr(64, 64, 32, 4, 3)),
+        gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
+        tf32=(_ptr(64, 64, 32, 4, 3),),
+    ),
+    "sm_90": _table(
+        linear_act=(
+            _tma(128, 256, 64, 8, 3, split=True),
+            _tma(128, 128, 64, 8, 3, split=True),
+            _tma(128, 64, 64, 4, 4),
+            _tma(64, 64, 64, 4, 4),
+        ),
+        linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
+        gemm=(
+            _tma(128, 256, 64, 8, 3, split=True),
+            _tma(128, 128, 64, 8, 4),
+            _tma(128, 64, 64, 4, 4),
+            _tma(64, 64, 64, 4, 4),
+        ),
+        tf32=(_ptr(64, 64, 32, 4, 3),),
+    ),
+    "sm_100": _table(
+        linear_act=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
+        linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
+        gemm=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
+        tf32=(_ptr(64, 64, 32, 4, 3),),
+    ),
+    "gfx942": _table(
+        linear_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        linear_dact=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        gemm=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        tf32=(_ptr(64, 64, 32, 4, 2),),
+    ),
+}
+# For operands whose base or row stride is no multiple of 16 bytes: larger tiles spill on their element-wise loads.
+ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(64, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
+# Streaming multiprocessors (compute units) that a grid should fill.
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+@lru_cache
+def arch_of(device: torch.device) -> str:
+    """Return the table of a device: the newest that its GPU can run; sm_90's for CPU tensors (interpreter)."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # sm_120 has neither wgmma nor tcgen05 and 99 KB of shared memory: sm_80's rows fit it.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def arithmetic_of(dtype: torch.dtype) -> str:
+    """Return the arithmetic class of a dtype: "16bit", or for fp32 "ieee" where torch.get_float32_matmul_precision() is
+    "highest" and "tf32" elsewhere."""
+    if dtype != torch.float32:
+        return "16bit"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def select(kernel: str, like: torch.Tensor, rows: int, cols: int, aligned: bool) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel` in like's dtype, on like's device.
+
+    The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
+    for three quarters of the processors; else the last. Operands that are not `aligned` take ODD_STRIDES.
+    """
+    arithmetic = arithmetic_of(like.dtype)
+    if not aligned:
+        return ODD_STRIDES[arithmetic]
+    arch = arch_of(like.device)
+    table = TABLES[arch][kernel, arithmetic]
+    for config in table:
+        tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M
+        tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(cols, config.BLOCK_N)
+        if not tall and tiles >= 0.75 * _PROCESSORS[arch]:
+            return config
+    return table[-1]

@@ -1,0 +1,58 @@
+"""Sum the rows of a matrix in a fixed order: bias gradients.
+
+    src  [R, N]  fp32|bf16|fp16, last dim contiguous
+    out  [N]     any of these dtypes: Σ_r src[r, :]
+
+Each program sums ROWS_PER_PROGRAM rows of BLOCK_N columns in fp64 (the kernel waits for memory, not for additions);
+where that leaves several partial rows, kept in fp32, a further pass sums those. The order depends on R alone, so the
+bits are the same in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+
+ROWS_PER_PROGRAM = 128
+BLOCK_R = 32
+BLOCK_N = 64
+
+
+@triton.jit(do_not_specialize=["R"])
+def column_sum_kernel(
+    src_ptr, out_ptr, R, N, stride_src, ROWS_PER_PROGRAM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out[program_id(0), :] = sum of this program's rows of src."""
+    first_row = tl.program_id(0) * ROWS_PER_PROGRAM
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
+    for r in range(0, ROWS_PER_PROGRAM, BLOCK_R):
+        offs_r = first_row + r + tl.arange(0, BLOCK_R)
+        ptrs = src_ptr + offs_r[:, None].to(tl.int64) * stride_src + offs_n[None, :]
+        acc += tl.load(ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0).to(tl.float64)
+    out_ptrs = out_ptr + tl.program_id(0).to(tl.int64) * N + offs_n
+    tl.store(out_ptrs, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+def column_sum(src: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Launch `column_sum_kernel` until one row is left; shapes as in the module docstring. out_dtype: default src's.
+
+    Raises: ValueError: src is not 2-D or its last dim is not contiguous (the message shows shape and strides).
+    """
+    _launch.check_matrix("column_sum src", src)
+    R, N = src.shape
+    out_dtype = out_dtype or src.dtype
+    if R == 0:
+        return src.new_zeros((N,), dtype=out_dtype)
+    while True:
+        partial_rows = triton.cdiv(src.shape[0], ROWS_PER_PROGRAM)
+        out = src.new_empty((partial_rows, N), dtype=out_dtype if partial_rows == 1 else torch.float32)
+        with _launch.on_device(src):
+            column_sum_kernel[(partial_rows, triton.cdiv(N, BLOCK_N))](
+                src, out, src.shape[0], N, src.stride(0),
+                ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+        if partial_rows == 1:
+            return out[0]
+        src = out

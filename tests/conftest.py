@@ -1,0 +1,74 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before the first import of a kernel: triton reads it when a kernel is decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from rank_pool import Ranks
+
+from tpffn_triton import interpreter
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, and keep the tests that share one set of ranks on one worker."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+        if item.get_closest_marker("cpu_only") and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="exercises the CPU path, packaging or the compiler"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Workers and ranks share the cores; and one thread keeps eager's own sums in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fill every fresh output with NaN: an element that no program writes cannot go unseen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        t = new_empty(self, *args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(params=["triton", "native"])
+def implementation(request, monkeypatch) -> str:
+    """Run a test on the Triton kernels, and on a CPU also on the native path."""
+    if request.param == "native":
+        if torch.cuda.is_available():
+            pytest.skip("the native path is for CPU tensors")
+        monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks_of():
+    """Return a function: world size → a pool of that many gloo ranks, kept for the module."""
+    pools: dict[int, Ranks] = {}
+
+    def pool(world_size: int) -> Ranks:
+        if world_size not in pools:
+            pools[world_size] = Ranks(world_size)
+        return pools[world_size]
+
+    yield pool
+    for p in pools.values():
+        p.close()

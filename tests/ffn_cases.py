@@ -1,0 +1,105 @@
+"""One random FFN problem, and its results three ways: ours, eager in the same dtype, exact in fp64.
+
+Used with one process and with P: every rank draws the same full tensors from the same seed and keeps its shards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from acceptance import assert_accurate
+from torch import Tensor
+
+import tpffn_triton as tp
+from tpffn_triton.collectives import copy_to_tp_region, reduce_from_tp_region
+from tpffn_triton.reference import ACTIVATIONS, ffn_reference
+from tpffn_triton.sharding import shard_ffn
+
+NAMES = ("y", "dx", "dw1", "dw2", "db1", "db2")
+
+
+@dataclass
+class Problem:
+    """Full tensors: x, dy [..., H], w1 [F, H], w2 [H, F], b1 [F], b2 [H]; biases may be None."""
+
+    x: Tensor
+    dy: Tensor
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    activation: str
+
+    def leaves(self) -> tuple:
+        """Return (x, w1, w2, b1, b2)."""
+        return self.x, self.w1, self.w2, self.b1, self.b2
+
+
+def draw(lead, H, F, *, activation="gelu", dtype=torch.float32, device="cpu", bias=True, seed=0) -> Problem:
+    """Draw x and dy standard normal, weights at nn.Linear's scale; lead is the tuple of leading dims."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    x, dy = randn(*lead, H), randn(*lead, H)
+    w1, w2 = randn(F, H, scale=H**-0.5), randn(H, F, scale=F**-0.5)
+    b1, b2 = (randn(F, scale=0.3), randn(H, scale=0.3)) if bias else (None, None)
+    return Problem(x, dy, w1, w2, b1, b2, activation)
+
+
+def results(function, leaves, dy) -> tuple:
+    """Return (y, dx, dw1, dw2, db1, db2) of y = function(x, w1, w2, b1, b2)."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    y.backward(dy)
+    return (y.detach(), *(None if t is None else t.grad for t in leaves))
+
+
+def ours(problem: Problem, rank=0, world_size=1, group=None, **options) -> tuple:
+    """Run tp.ffn on this rank's shards."""
+    x, dy, (w1, b1, w2, b2) = problem.x, problem.dy, shards(problem, rank, world_size)
+    return results(
+        lambda *t: tp.ffn(*t, activation=problem.activation, tp_group=group, **options), (x, w1, w2, b1, b2), dy
+    )
+
+
+def eager(problem: Problem, rank=0, world_size=1, group=None) -> tuple:
+    """Run the same shards through separate torch operations and Megatron's regions."""
+
+    def function(x, w1, w2, b1, b2):
+        hidden = ACTIVATIONS[problem.activation](F.linear(copy_to_tp_region(x, group), w1, b1))
+        y = reduce_from_tp_region(F.linear(hidden, w2), group)
+        return y if b2 is None else y + b2
+
+    w1, b1, w2, b2 = shards(problem, rank, world_size)
+    if group is None:
+        return results(
+            lambda *t: ffn_reference(*t, activation=problem.activation), (problem.x, w1, w2, b1, b2), problem.dy
+        )
+    return results(function, (problem.x, w1, w2, b1, b2), problem.dy)
+
+
+def exact(problem: Problem, rank=0, world_size=1) -> tuple:
+    """Run the unsharded reference in fp64 and cut out what this rank should hold."""
+    leaves = [None if t is None else t.double() for t in problem.leaves()]
+    y, dx, dw1, dw2, db1, db2 = results(
+        lambda *t: ffn_reference(*t, activation=problem.activation), leaves, problem.dy.double()
+    )
+    dw1, db1, dw2, db2 = shard_ffn(dw1, db1, dw2, db2, rank, world_size, activation=problem.activation)
+    return y, dx, dw1, dw2, db1, db2
+
+
+def assert_all_accurate(mine: tuple, eagers: tuple, exacts: tuple) -> None:
+    """Apply the acceptance rules to (y, dx, dw1, dw2, db1, db2); biases may be None."""
+    for name, ours_, eager_, exact_ in zip(NAMES, mine, eagers, exacts, strict=True):
+        assert (ours_ is None) == (exact_ is None), f"{name}: {ours_} where {exact_} is right"
+        if exact_ is not None:
+            # The interpreter adds the rows of a tile one after the other, a GPU pairwise.
+            assert_accurate(name, ours_, eager_, exact_, noise=2 * exact_.abs() if name == "db1" else None)
+
+
+def shards(problem: Problem, rank: int, world_size: int) -> tuple:
+    """Return this rank's (w1, b1, w2, b2)."""
+    p = problem
+    return shard_ffn(p.w1, p.b1, p.w2, p.b2, rank, world_size, activation=p.activation)

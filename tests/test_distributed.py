@@ -1,0 +1,292 @@
+"""P ranks over gloo (NCCL where there are GPUs) equal the unsharded reference: forward and every gradient."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
+from launches import count_launches
+from rank_pool import Ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+import tpffn_triton as tp
+from tpffn_triton import collectives, functional, interpreter, ops
+from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.sharding import unshard_ffn
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WORLD_SIZES = [2, 4]
+
+
+def use(implementation):
+    """Choose between the Triton kernels and the native path on this rank."""
+    interpreting = implementation != "native"
+    interpreter.interpreting = lambda: interpreting
+
+
+def rank_device():
+    """Return this rank's device: its own GPU under NCCL, the CPU under gloo."""
+    return f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+
+
+def check_equal_on_all_ranks(rank, world_size, *tensors):
+    """Assert that replicated results have the same bits everywhere."""
+    for t in tensors:
+        everywhere = [torch.empty_like(t) for _ in range(world_size)]
+        dist.all_gather(everywhere, t.contiguous())
+        assert all(torch.equal(t, other) for other in everywhere)
+
+
+def matches_reference(rank, world_size, implementation, activation, dtype, options, shape=((3, 20), 64, 96)):
+    use(implementation)
+    problem = draw(*shape, activation=activation, dtype=dtype, device=rank_device())
+    group = dist.group.WORLD
+    mine = ours(problem, rank, world_size, group, **options)
+    again = ours(problem, rank, world_size, group, **options)
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "bits differ from run to run"
+    check_equal_on_all_ranks(rank, world_size, mine[0], mine[1], mine[5])
+    assert_all_accurate(mine, eager(problem, rank, world_size, group), exact(problem, rank, world_size))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("implementation", ["triton", "native"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_equal_the_unsharded_reference(world_size, activation, dtype, implementation, ranks_of):
+    save = "nothing" if activation == "silu" else "pre_act"
+    ranks_of(world_size).run(matches_reference, implementation, activation, dtype, {"save": save})
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+def test_gpus_equal_the_unsharded_reference(activation, dtype):
+    ranks = Ranks(2, "nccl")
+    try:
+        ranks.run(matches_reference, "triton", activation, dtype, {}, ((3, 40), 256, 512))
+    finally:
+        ranks.close()
+
+
+def analysed_model(rank, world_size):
+    use("triton")
+    problem = draw((8, 128), 1024, 4096, dtype=torch.bfloat16)
+    with count_launches() as launches:
+        mine = ours(problem, rank, world_size, dist.group.WORLD)
+    assert_all_accurate(mine, eager(problem, rank, world_size, dist.group.WORLD), exact(problem, rank, world_size))
+    return dict(launches), [tuple(t.shape) for t in mine]
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only
+def test_analysed_model_at_p4_through_the_triton_kernels(ranks_of):
+    """B=8, S=128, H=1024, F=4096, P=4, bf16: real shapes, forward and backward, every launch counted."""
+    for launches, shapes in ranks_of(4).run(analysed_model):
+        assert launches == {
+            "linear_act_kernel": 1,
+            "matmul_kernel": 2,
+            "linear_dact_kernel": 1,
+            "wgrad_kernel": 2,
+            "column_sum_kernel": 3,
+        }
+        x, w1, w2 = (8, 128, 1024), (1024, 1024), (1024, 1024)
+        assert shapes == [x, x, w1, w2, (1024,), (1024,)]
+
+
+def module_equals_dense(rank, world_size, device_mesh):
+    use("native")
+    torch.manual_seed(5)
+    fc1, fc2 = torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)
+    tp_group = init_device_mesh("cpu", (world_size,)) if device_mesh else dist.group.WORLD
+    torch.manual_seed(5)
+    layer = tp.TensorParallelFFN(32, 48, tp_group=tp_group)
+    converted = tp.TensorParallelFFN.from_dense(fc1, fc2, tp_group=tp_group)
+    own = [p.detach() for p in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(own, converted.parameters(), strict=True))
+    w1, b1, w2, b2 = own
+    everywhere = [None] * world_size
+    dist.all_gather_object(everywhere, (w1, b1, w2, b2))
+    full = unshard_ffn(everywhere, activation="gelu")
+    assert all(torch.equal(a, b) for a, b in zip(full, (fc1.weight, fc1.bias, fc2.weight, fc2.bias), strict=True))
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), fc2(torch.nn.functional.gelu(fc1(x))))
+    return repr(layer)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("device_mesh", [False, True], ids=["ProcessGroup", "DeviceMesh"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_same_seed_gives_the_same_full_weights_at_every_p(world_size, device_mesh, ranks_of):
+    texts = ranks_of(world_size).run(module_equals_dense, device_mesh)
+    assert f"rank={world_size - 1}, world_size={world_size}" in texts[-1]
+
+
+def comm_debug_mode():
+    """Return torch's counter of collectives, told of the in-place all-reduce that it does not know."""
+    comm = CommDebugMode()
+    comm.comm_registry.add(torch.ops._c10d_functional.all_reduce_)
+    return comm
+
+
+def counted_collectives(rank, world_size):
+    use("native")
+    problem = draw((4, 8), 32, 48)
+    ours(problem, rank, world_size, dist.group.WORLD)  # the first call also compares arguments
+    with comm_debug_mode() as comm:
+        ours(problem, rank, world_size, dist.group.WORLD)
+    return {str(op): n for op, n in comm.get_comm_counts().items()}
+
+
+@pytest.mark.cpu_only
+def test_one_all_reduce_forward_and_one_backward(ranks_of):
+    for counts in ranks_of(4).run(counted_collectives):
+        assert counts == {"_c10d_functional.all_reduce_": 2}
+
+
+def order_of_backward(rank, world_size):
+    use("native")
+    problem = draw((4, 8), 32, 48)
+    events = []
+
+    def recorded(name, function):
+        return lambda *args: events.append(name) or function(*args)
+
+    patched = {"start_all_reduce": functional.start_all_reduce, "wait": functional.wait}
+    originals = patched | {name: getattr(ops, name) for name in ("dgrad", "wgrad", "column_sum")}
+    try:
+        for name in patched:
+            setattr(functional, name, recorded(name, patched[name]))
+        for name in ("dgrad", "wgrad", "column_sum"):
+            setattr(ops, name, recorded(name, originals[name]))
+        ours(problem, rank, world_size, dist.group.WORLD)
+    finally:
+        for name, function in originals.items():
+            setattr(functional if name in patched else ops, name, function)
+    return events
+
+
+@pytest.mark.cpu_only
+def test_dx_is_in_flight_behind_every_weight_gradient(ranks_of):
+    for events in ranks_of(2).run(order_of_backward):
+        assert events == ["dgrad", "start_all_reduce", "wgrad", "wgrad", "column_sum", "wait"]
+
+
+def frozen_input(rank, world_size):
+    use("native")
+    problem = draw((4,), 32, 48)
+    w1, b1, w2, b2 = (t.requires_grad_() for t in shards(problem, rank, world_size))
+
+    def step():
+        tp.ffn(problem.x, w1, w2, b1, b2, tp_group=dist.group.WORLD).sum().backward()
+
+    step()
+    with comm_debug_mode() as comm:
+        step()
+    return comm.get_total_counts()
+
+
+@pytest.mark.cpu_only
+def test_no_dx_no_collective(ranks_of):
+    """An x without gradient: backward communicates nothing (the one collective is y's)."""
+    assert ranks_of(2).run(frozen_input) == [1, 1]
+
+
+def zero_tokens(rank, world_size):
+    use("triton")
+    problem = draw((0,), 16, 8)
+    y, dx, dw1, *_ = ours(problem, rank, world_size, dist.group.WORLD)
+    assert y.shape == dx.shape == (0, 16)
+    assert not dw1.any()
+
+
+@pytest.mark.cpu_only
+def test_zero_tokens(ranks_of):
+    ranks_of(2).run(zero_tokens)
+
+
+def group_of_one(rank, world_size):
+    use("native")
+    own_group = [dist.new_group([r]) for r in range(world_size)][rank]
+    problem = draw((4,), 32, 48)
+    alone = ours(problem)
+    with comm_debug_mode() as comm:
+        grouped = ours(problem, group=own_group)
+    assert comm.get_total_counts() == 0
+    assert all(torch.equal(a, b) for a, b in zip(alone, grouped, strict=True))
+    assert collectives.resolve_group(own_group) is None
+
+
+@pytest.mark.cpu_only
+def test_a_group_of_one_rank_does_not_communicate(ranks_of):
+    ranks_of(2).run(group_of_one)
+
+
+# What one rank does wrong at a layer's first call, and what the rank itself and the others must say.
+def wrong_rank(rank, world_size, fault):
+    use("native")
+    problem = draw((4, 2), 32, 48)
+    x, dtype, activation = problem.x, torch.float32, "gelu"
+    w1, b1, w2, b2 = shards(problem, rank, world_size)
+    if rank == 1:
+        if fault == "hidden size":
+            x = x[..., :31]
+        elif fault == "tokens":
+            x = x[:3]
+        elif fault == "dtype":
+            x, w1, b1, w2, b2 = (t.double() for t in (x, w1, b1, w2, b2))
+        elif fault == "activation":
+            activation = "relu"
+        elif fault == "unknown activation":
+            activation = "tanh"
+        elif fault == "no bias":
+            b2 = None
+        elif fault == "shard of another size":
+            w1, b1, w2 = w1[:12], b1[:12], w2[:, :12]
+    group = dist.new_group(list(range(world_size)))
+    tp.ffn(x.to(dtype) if fault != "dtype" else x, w1, w2, b1, b2, activation=activation, tp_group=group)
+
+
+FAULTS = [
+    ("hidden size", r"x must be \[..., H=32\].*x \[4, 2, 31\]", r"rank 1 rejected: x must be \[..., H=32\]"),
+    ("unknown activation", "activation 'tanh' is not one of", "rank 1 rejected: activation 'tanh'"),
+    ("tokens", r"disagree:\n  rank 0: x \[4, 2, 32\].*\n  rank 1: x \[3, 2, 32\]", None),
+    ("dtype", r"rank 0: .*torch.float32.*\n  rank 1: .*torch.float64", None),
+    ("activation", r"rank 0: .*, gelu,.*\n  rank 1: .*, relu,", None),
+    ("no bias", r"rank 0: .*, b2,.*\n  rank 1: .*, no b2,", None),
+    ("shard of another size", r"rank 0: .*w1 \[24, 32\].*\n  rank 1: .*w1 \[12, 32\]", None),
+]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("fault", "own", "others"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_one_wrong_rank_leaves_nobody_hanging(fault, own, others, ranks_of):
+    outcomes = ranks_of(2).outcomes(wrong_rank, fault, timeout=30)
+    for rank, (ok, error) in enumerate(outcomes):
+        assert not ok, f"rank {rank} did not notice"
+        kind, message, _ = error
+        expected = own if rank == 1 or others is None else others
+        assert kind in ("ValueError", "TypeError")
+        assert re.search(expected, message), message
+
+
+def wrong_groups(rank, world_size):
+    use("native")
+    pair = dist.new_group([0, 1])
+    with pytest.raises(ValueError, match="not divisible by the tensor-parallel world_size 4"):
+        tp.TensorParallelFFN(8, 18, tp_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="must be a 1-D DeviceMesh, got 2 dims"):
+        tp.TensorParallelFFN(8, 16, tp_group=init_device_mesh("cpu", (2, 2)))
+    if rank > 1:
+        with pytest.raises(ValueError, match=rf"does not contain this process \(global rank {rank}\)"):
+            tp.TensorParallelFFN(8, 16, tp_group=pair)
+    smaller = tp.TensorParallelFFN(8, 16, tp_group=pair if rank < 2 else None)
+    with pytest.raises(RuntimeError, match=r"size mismatch for linear_fc1\.weight"):
+        tp.TensorParallelFFN(8, 16, tp_group=dist.group.WORLD).load_state_dict(smaller.state_dict())
+
+
+@pytest.mark.cpu_only
+def test_groups_that_do_not_fit(ranks_of):
+    ranks_of(4).run(wrong_groups)

@@ -1,0 +1,272 @@
+"""Every kernel by itself: each activation, dtype and configuration row, against eager and fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from acceptance import assert_accurate, assert_exact
+
+from tpffn_triton import interpreter
+from tpffn_triton.kernels import _configs
+from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config
+from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.column_sum import column_sum
+from tpffn_triton.kernels.linear_act import linear_act
+from tpffn_triton.kernels.linear_dact import linear_dact
+from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
+from tpffn_triton.reference import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+interpreter.install()
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# M, N, K: inside one tile of the smallest row, over several, and at odd strides that neither TMA nor cp.async takes.
+SHAPES = {"smoke": (24, 40, 32), "tiles": (130, 152, 200), "odd": (67, 71, 45)}
+# A pointer tile small enough that the shapes above need several in every direction.
+TINY = Config(32, 32, 32, 4, 2)
+
+
+def randn(*shape, dtype, device, seed=0):
+    """Draw standard normal values that do not depend on the device."""
+    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def integers(*shape, dtype, device, seed=0):
+    """Draw from -5 ... 5: sums of their products are exact in fp32 and, mostly, not in 16 bits."""
+    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
+    return torch.randint(-5, 6, shape, generator=generator).to(device, dtype)
+
+
+def eager_linear_act(x, weight, bias, activation):
+    """Return (act, pre_act) by separate torch operations."""
+    pre_act = F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](pre_act), pre_act
+
+
+def eager_linear_dact(dy, weight, pre_act, activation):
+    """Return (d_pre, act, db) by separate torch operations and autograd."""
+    z = pre_act.detach().requires_grad_()
+    act = ACTIVATIONS[activation](z)
+    (d_pre,) = torch.autograd.grad(act, z, dy @ weight)
+    return d_pre, act.detach(), d_pre.sum(0)
+
+
+def check_linear_act(draw, compare, shape, activation, dtype, device, config=None):
+    M, N, K = shape
+    args = [draw(M, K, dtype=dtype, device=device), draw(N, K, dtype=dtype, device=device, seed=1)]
+    args += [draw(N, dtype=dtype, device=device, seed=2)]
+    if draw is randn:
+        args[1] /= K**0.5
+    act, pre_act = linear_act(*args, activation, True, config)
+    eager = eager_linear_act(*args, activation)
+    exact = eager_linear_act(*(t.double() for t in args), activation)
+    compare("act", act, eager[0], exact[0])
+    compare("pre_act", pre_act, eager[1], exact[1])
+    unsaved, empty = linear_act(*args, activation, False, config)
+    assert torch.equal(unsaved, act)
+    assert empty.shape == (0,)
+
+
+def check_linear_dact(draw, compare, shape, activation, dtype, device, config=None):
+    M, N, K = shape
+    args = [draw(M, K, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
+    args += [draw(M, N, dtype=dtype, device=device, seed=2)]
+    if draw is randn:
+        args[1] /= K**0.5
+    ours = linear_dact(*args, activation, True, True, config)
+    eager = eager_linear_dact(*args, activation)
+    exact = eager_linear_dact(*(t.double() for t in args), activation)
+    for name, *tensors in zip(("d_pre", "act"), ours[:2], eager[:2], exact[:2], strict=True):
+        compare(name, *tensors)
+    # The interpreter adds a tile's rows one after the other, a GPU pairwise: twice the noise of one rounding.
+    compare("db", ours[2], eager[2], exact[2], noise=2 * exact[0].square().sum(0).sqrt())
+    d_pre, act, db = linear_dact(*args, activation, False, False, config)
+    assert torch.equal(d_pre, ours[0])
+    assert act.shape == db.shape == (0,)
+
+
+def check_gemm(draw, compare, kernel, shape, dtype, device, config=None):
+    M, N, K = shape
+    if kernel == "linear":
+        args = [draw(M, K, dtype=dtype, device=device), draw(N, K, dtype=dtype, device=device, seed=1)]
+        args += [draw(N, dtype=dtype, device=device, seed=2)]
+        ours, eager = linear(*args, config), F.linear
+    elif kernel == "dgrad":
+        args = [draw(M, K, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
+        ours, eager = dgrad(*args, config), torch.matmul
+    else:
+        args = [draw(K, M, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
+        ours, eager = wgrad(*args, config), lambda dy, x: dy.t() @ x
+    compare(kernel, ours, eager(*args), eager(*(t.double() for t in args)))
+
+
+def compare_exact(name, ours, eager, exact, noise=None):
+    assert_exact(name, ours, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_act(shape, activation, dtype, device):
+    check_linear_act(randn, assert_accurate, SHAPES[shape], activation, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_dact(shape, activation, dtype, device):
+    check_linear_dact(randn, assert_accurate, SHAPES[shape], activation, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["linear", "dgrad", "wgrad"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm(shape, kernel, dtype, device):
+    check_gemm(randn, assert_accurate, kernel, SHAPES[shape], dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [None, TINY], ids=["table", "tiny"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_small_integers_are_exact(shape, activation, config, dtype, device):
+    """Nothing rounds before the store: a skipped K tile, a lost row or a second rounding shows in the bits."""
+    check_linear_act(integers, compare_exact, SHAPES[shape], activation, dtype, device, config)
+    check_linear_dact(integers, compare_exact, SHAPES[shape], activation, dtype, device, config)
+    for kernel in ("linear", "dgrad", "wgrad"):
+        check_gemm(integers, compare_exact, kernel, SHAPES[shape], dtype, device, config)
+
+
+def rows_of_tables():
+    """Yield (kernel, arithmetic, config) of every row, once for all architectures that share it."""
+    seen = set()
+    for arch in ("sm_80", "sm_90"):
+        for (kernel, arithmetic), rows in TABLES[arch].items():
+            for config in (*rows, ODD_STRIDES[arithmetic]):
+                if (kernel, arithmetic, config) not in seen:
+                    seen.add((kernel, arithmetic, config))
+                    tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
+                    name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
+                    yield pytest.param(kernel, arithmetic, config, id=name)
+
+
+@pytest.mark.parametrize(("kernel", "arithmetic", "config"), list(rows_of_tables()))
+def test_every_configuration_row(kernel, arithmetic, config, device):
+    """Two tiles and a bit in every direction, for each row of sm_80 and sm_90."""
+    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("TMA needs compute capability 9.0")
+    dtype = torch.bfloat16 if arithmetic == "16bit" else torch.float32
+    shape = (config.BLOCK_M + 8, config.BLOCK_N + 16, 2 * config.BLOCK_K + 8)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
+    try:
+        if kernel == "linear_act":
+            check_linear_act(integers, compare_exact, shape, "relu", dtype, device, config)
+        elif kernel == "linear_dact":
+            check_linear_dact(integers, compare_exact, shape, "relu2", dtype, device, config)
+        else:
+            check_gemm(integers, compare_exact, kernel, shape, dtype, device, config)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 31, 128, 129, 1000, 20000])
+def test_column_sum(rows, dtype, device):
+    """One pass, two and three; as accurate as torch.sum, and exact on integers."""
+    src = randn(rows, 70, dtype=dtype, device=device)
+    assert_accurate("column_sum", column_sum(src), src.sum(0), src.double().sum(0))
+    src = integers(rows, 70, dtype=dtype, device=device)
+    assert_exact("column_sum", column_sum(src), src.double().sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_bias(dtype, device):
+    """Each bias element reaches its own column, in every tile."""
+    M, N, K = 5, 150, 16
+    for hot in range(N - 1, -1, -7):
+        bias = F.one_hot(torch.tensor(hot), N).to(device, dtype)
+        act, pre_act = linear_act(bias.new_zeros(M, K), bias.new_zeros(N, K), bias, "relu", True)
+        assert torch.equal(act, bias.expand(M, N))
+        assert torch.equal(pre_act, bias.expand(M, N))
+        assert torch.equal(linear(bias.new_zeros(M, K), bias.new_zeros(N, K), bias), bias.expand(M, N))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_missing_bias_and_padded_rows(dtype, device):
+    """No bias means none is added; operands may be column slices of wider tensors."""
+    x = integers(33, 96, dtype=dtype, device=device)[:, 16:80]
+    weight = integers(40, 128, dtype=dtype, device=device, seed=1)[:, 64:]
+    act, _ = linear_act(x, weight, None, "relu", False)
+    assert_exact("act", act, F.relu(x.double() @ weight.double().t()))
+    assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
+    dy = integers(33, 80, dtype=dtype, device=device, seed=2)[:, 8:48]
+    assert_exact("wgrad", wgrad(dy, x), dy.double().t() @ x.double())
+
+
+def test_zero_tokens(device):
+    """No tokens: empty outputs, zero weight and bias gradients, no launch."""
+    x, w1, w2 = (torch.ones(s, device=device) for s in ((0, 8), (12, 8), (8, 12)))
+    act, pre_act = linear_act(x, w1, torch.ones(12, device=device), "gelu", True)
+    assert act.shape == pre_act.shape == (0, 12)
+    assert linear(act, w2, None).shape == (0, 8)
+    d_pre, again, db = linear_dact(x, w2, pre_act, "gelu", True, True)
+    assert d_pre.shape == again.shape == (0, 12)
+    assert torch.equal(db, torch.zeros(12, device=device))
+    assert torch.equal(wgrad(d_pre, x), torch.zeros(12, 8, device=device))
+    assert dgrad(d_pre, w1).shape == (0, 8)
+    assert torch.equal(column_sum(x), torch.zeros(8, device=device))
+
+
+def test_nan_is_never_hidden(device):
+    """A NaN in x reaches its row of the output under every activation, relu included."""
+    x = torch.zeros(4, 16, device=device)
+    x[2, 3] = float("nan")
+    for activation in PLAIN_ACTIVATIONS:
+        act, _ = linear_act(x, torch.ones(8, 16, device=device), None, activation, False)
+        assert act[2].isnan().all()
+        assert not act[[0, 1, 3]].isnan().any()
+
+
+def test_launches_repeat_bit_for_bit(device):
+    """The same inputs give the same bits, bias gradients included."""
+    dy, weight, pre_act = (randn(*s, dtype=torch.bfloat16, device=device) for s in ((300, 64), (64, 96), (300, 96)))
+    first = linear_dact(dy, weight, pre_act, "gelu", True, True)
+    for again in (linear_dact(dy, weight, pre_act, "gelu", True, True) for _ in range(3)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda t: linear_act(t(4, 8), t(6, 9), None, "gelu", False),
+            r"inner dims differ: \(4, 8\) and weight \(6, 9\)",
+        ),
+        (lambda t: linear_act(t(4, 8), t(6, 8), t(5), "gelu", False), r"expected contiguous \(6,\).*got \(5,\)"),
+        (lambda t: linear(t(4, 8), t(6, 8).bfloat16(), None), "torch.bfloat16 on .* beside torch.float32"),
+        (lambda t: linear(t(8, 4).t(), t(6, 8), None), r"contiguous last dim, got \(4, 8\) with strides \(1, 4\)"),
+        (lambda t: linear(t(4, 8).double(), t(6, 8).double(), None), "torch.float64 is not one of"),
+        (lambda t: wgrad(t(4, 8), t(5, 8)), r"dy \(4, 8\) and x \(5, 8\) differ in tokens"),
+        (lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, True), r"expected contiguous \(4, 6\)"),
+        (lambda t: column_sum(t(4)), r"expected a 2-D tensor .* got \(4,\)"),
+    ],
+)
+def test_launchers_reject_operands_that_do_not_fit(call, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(lambda *shape: torch.ones(shape, device=device))
+
+
+def test_rule_picks_rows_by_size():
+    """Small problems take small tiles, large ones the largest; odd strides their own row."""
+    like = torch.empty(0, dtype=torch.bfloat16)  # a CPU tensor stands for sm_90 in the interpreter
+
+    def tile(rows, cols, aligned=True):
+        config = _configs.select("linear_act", like, rows, cols, aligned)
+        return config.BLOCK_M, config.BLOCK_N
+
+    if _configs.arch_of(like.device) == "sm_90":
+        assert tile(16, 3584) == (64, 64)
+        assert tile(1024, 1024) == (128, 64)
+        assert tile(8192, 3584) == (128, 256)
+        assert _configs.select("linear_act", like, 8192, 3584, False) is ODD_STRIDES["16bit"]

@@ -1,0 +1,111 @@
+"""Collectives of the tensor-parallel group: raw ones that the operator orders itself, and differentiable regions.
+
+raw            start_all_reduce, wait, all_reduce       no gradient; start returns before the data has arrived
+regions        copy_to_tp_region                        forward: identity         backward: all-reduce (sum)
+               reduce_from_tp_region                    forward: all-reduce (sum) backward: identity
+
+The regions are Megatron-LM's f and g. The raw collectives go through `torch.ops._c10d_functional`: unlike
+`torch.distributed.all_reduce(async_op=True)` it keeps a compiled graph whole, and unlike
+`torch.distributed._functional_collectives.all_reduce` it claims no gradient of its own.
+
+Source: Shoeybi et al., "Megatron-LM" (2019), figure 3.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Observer = Callable[[], contextlib.AbstractContextManager]
+_observer: Observer | None = None
+
+
+def resolve_group(tp_group: "dist.ProcessGroup | DeviceMesh | None") -> "dist.ProcessGroup | None":
+    """Return the process group behind tp_group; None for no group and for a group of one rank.
+
+    Raises: TypeError: neither None, ProcessGroup nor DeviceMesh. ValueError: a mesh of more than one dim, or a group
+    that this rank is not in.
+    """
+    if tp_group is None:
+        return None
+    if isinstance(tp_group, DeviceMesh):
+        if tp_group.ndim != 1:
+            raise ValueError(f"tp_group must be a 1-D DeviceMesh, got {tp_group.ndim} dims: {tp_group}")
+        tp_group = tp_group.get_group()
+    if tp_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"tp_group does not contain this process (global rank {dist.get_rank()})")
+    if not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(f"tp_group must be None, a ProcessGroup or a 1-D DeviceMesh, got {type(tp_group).__name__}")
+    return tp_group if tp_group.size() > 1 else None
+
+
+@contextlib.contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Enter `observer()` around every point where computation may stand still for a collective (benchmarks)."""
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
+
+
+def _observed() -> contextlib.AbstractContextManager:
+    if _observer is None or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _observer()
+
+
+def start_all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Begin to sum t over the group; returns the tensor to `wait` for. t is contiguous and consumed: outside of
+    torch.compile the sum lands in t itself."""
+    if torch.compiler.is_compiling():
+        return torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name)
+    with _observed():
+        return torch.ops._c10d_functional.all_reduce_(t, "sum", group.group_name)
+
+
+def wait(t: Tensor) -> Tensor:
+    """Wait for a started collective: on a GPU the current stream waits, on a CPU the caller does."""
+    with _observed():
+        return torch.ops._c10d_functional.wait_tensor(t)
+
+
+def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return t summed over the group; consumes t."""
+    return wait(start_all_reduce(t, group))
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dx.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(partial.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+def copy_to_tp_region(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Enter the parallel region: forward identity, backward all-reduce of dx. Identity without a group."""
+    return x if group is None else _CopyToRegion.apply(x, group)
+
+
+def reduce_from_tp_region(partial: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Leave the parallel region: forward all-reduce of partial sums, backward identity. Identity without a group."""
+    return partial if group is None else _ReduceFromRegion.apply(partial, group)

@@ -1,0 +1,87 @@
+"""The kernels' CPU counterparts: same names, arguments and results, through torch and oneDNN.
+
+fp32 GEMMs go to oneDNN (`mkldnn._linear_pointwise`), which applies the activation as it writes the first GEMM's output
+and is faster than MKL on some CPUs; bf16 does so only where no pre-activation is kept. That op takes neither fp16 nor
+fp64 and records no gradient, so it appears here alone, behind our own autograd function.
+
+Shapes, dtypes and results: kernels/linear_act.py, linear_dact.py, matmul.py and column_sum.py. fp64 works here too.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square_(),
+}
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda d, z: torch.ops.aten.gelu_backward(d, z),
+    "gelu_tanh": lambda d, z: torch.ops.aten.gelu_backward(d, z, approximate="tanh"),
+    "silu": lambda d, z: torch.ops.aten.silu_backward(d, z),
+    "relu": lambda d, z: torch.ops.aten.threshold_backward(d, z, 0),
+    "relu2": lambda d, z: F.relu(z).mul_(2).mul_(d),
+}
+# oneDNN's post-operation and algorithm of each activation it knows.
+_ONEDNN = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""), "relu": ("relu", "")}
+
+
+def _onednn_takes(*dtypes_of: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and all(t.dtype in dtypes and t.numel() > 0 for t in dtypes_of)
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _onednn_takes(x, weight, dtypes=(torch.float32,)):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre_act: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (act(x @ weight.T + bias), pre-activation or an empty [0])."""
+    fused = activation in _ONEDNN and not save_pre_act
+    if fused and _onednn_takes(x, weight, dtypes=(torch.float32, torch.bfloat16)):
+        post_op, algorithm = _ONEDNN[activation]
+        act = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], algorithm)
+        return act, x.new_empty((0,))
+    pre_act = _linear(x, weight, bias)
+    return _ACTIVATE[activation](pre_act), pre_act if save_pre_act else x.new_empty((0,))
+
+
+def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a @ weight.T + bias."""
+    return _linear(a, weight, bias)
+
+
+def linear_dact(
+    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or [0], its column sums or [0])."""
+    d_pre = _BACKWARD[activation](dgrad(dy, weight), pre_act)
+    act = _ACTIVATE[activation](pre_act) if need_act else dy.new_empty((0,))
+    return d_pre, act, d_pre.sum(0) if need_db else dy.new_empty((0,))
+
+
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+    """Return dy @ weight."""
+    return _linear(dy, weight.t(), None)
+
+
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    """Return dy.T @ x."""
+    return dy.t() @ x
+
+
+def column_sum(src: Tensor) -> Tensor:
+    """Return the sum of src's rows."""
+    return src.sum(0)

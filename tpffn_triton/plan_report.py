@@ -1,0 +1,237 @@
+"""Hold what `plan.plan_ffn` worked out: the records of a plan, their totals, and a JSON and a text form.
+
+Names, formulas, units and what is counted: see `tpffn_triton.plan`. Text has exact numbers, and beside the
+large ones a rounded form in KiB/MiB/GiB (powers of 1024) or kFLOP/MFLOP/GFLOP (powers of 1000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a rank holds it; `layout` says how it lies over the group."""
+
+    name: str
+    shape: tuple[int, ...]
+    elements: int
+    bytes: int
+    layout: str
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One [m, k] × [k, n] product on one rank, and the HBM traffic of the kernel that computes it."""
+
+    name: str
+    pass_: str
+    kernel: str
+    formula: str
+    m: int
+    n: int
+    k: int
+    flops: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    hbm_bytes: int
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A sum over tokens that no GEMM computes, and the HBM traffic of its kernel."""
+
+    name: str
+    pass_: str
+    kernel: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    hbm_bytes: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`elements` and `bytes` are the payload; `sent_per_rank` is the most elements that any rank sends."""
+
+    pass_: str
+    kind: str
+    tensor: str
+    elements: int
+    bytes: int
+    sent_per_rank: int
+    sent_total: int
+    sent_total_bytes: int
+    rounds: int
+    amplification: float
+
+
+@dataclass(frozen=True)
+class NoCommunication:
+    """A step that a reader may expect to communicate, and why it does not."""
+
+    pass_: str
+    step: str
+    why: str
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """The plan of one layer; `to_dict()` is what `--json` prints. Saved activations exclude parameters."""
+
+    batch: int
+    seq: int
+    hidden: int
+    ffn: int
+    tp: int
+    dtype: str
+    activation: str
+    bias: bool
+    save: str
+    partitioning: str
+    tensors: tuple[Tensor, ...]
+    gemms: tuple[Gemm, ...]
+    reductions: tuple[Reduction, ...]
+    saved_for_backward: tuple[str, ...]
+    saved_by_eager: tuple[str, ...]
+    collectives: tuple[Collective, ...]
+    no_communication: tuple[NoCommunication, ...]
+
+    def bytes_of(self, names: tuple[str, ...]) -> int:
+        return sum(t.bytes for t in self.tensors if t.name in names)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over the records, per rank where the key does not end in `all_ranks`.
+
+        All are int, but for `flops_per_hbm_byte_*` (arithmetic intensity, float).
+        """
+        out: dict[str, Any] = {"parameter_bytes": self.bytes_of(("w1", "b1", "w2", "b2"))}
+        for pass_ in ("forward", "backward"):
+            flops = sum(g.flops for g in self.gemms if g.pass_ == pass_)
+            hbm_bytes = sum(k.hbm_bytes for k in (*self.gemms, *self.reductions) if k.pass_ == pass_)
+            out[f"flops_{pass_}"] = flops
+            out[f"flops_{pass_}_all_ranks"] = flops * self.tp
+            out[f"hbm_bytes_{pass_}"] = hbm_bytes
+            out[f"flops_per_hbm_byte_{pass_}"] = flops / hbm_bytes
+        return {
+            **out,
+            "saved_bytes": self.bytes_of(self.saved_for_backward),
+            "saved_bytes_eager": self.bytes_of(self.saved_by_eager),
+            "sent_all_ranks": sum(c.sent_total for c in self.collectives),
+            "sent_bytes_all_ranks": sum(c.sent_total_bytes for c in self.collectives),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: the arguments under `inputs`, every record list, and `totals`."""
+        record: dict[str, Any] = asdict(self, dict_factory=_json_object)
+        names = ("batch", "seq", "hidden", "ffn", "tp", "dtype", "activation", "bias", "save")
+        return {"inputs": {name: record.pop(name) for name in names}, **record, "totals": self.totals}
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'; at most four digits, powers of 1024."""
+    return _human(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
+
+
+def human_flops(count: int) -> str:
+    """2147483648 -> '2.147 GFLOP'; at most four digits, powers of 1000."""
+    return _human(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def render_text(plan: FFNPlan) -> str:
+    """Lay the plan out as aligned tables of plain ASCII; about 110 columns wide at common sizes."""
+    totals, shard, tokens = plan.totals, plan.ffn // plan.tp, plan.batch * plan.seq
+    tensor_rows = [(t.name, [*t.shape], t.elements, *_size(t.bytes), t.layout) for t in plan.tensors]
+    gemm_rows = [(g.name, g.pass_, g.formula, f"{g.m}, {g.n}, {g.k}", *_work(g.flops)) for g in plan.gemms]
+    hbm_rows = [
+        (k.kernel, k.name, f"{' '.join(k.reads)} -> {' '.join(k.writes)}", *_size(k.hbm_bytes))
+        for k in (*plan.gemms, *plan.reductions)
+    ]
+    total_rows = [
+        (
+            pass_,
+            *_work(totals[f"flops_{pass_}"]),
+            human_flops(totals[f"flops_{pass_}_all_ranks"]),
+            *_size(totals[f"hbm_bytes_{pass_}"]),
+            f"{totals[f'flops_per_hbm_byte_{pass_}']:.1f}",
+        )
+        for pass_ in ("forward", "backward")
+    ]
+    saved = {
+        f"this package, save={plan.save}": plan.saved_for_backward,
+        "eager F.linear, activation, F.linear": plan.saved_by_eager,
+    }
+    saved_rows = [(who, ", ".join(names), *_size(plan.bytes_of(names))) for who, names in saved.items()]
+    none = [f"  {n.pass_} {n.step}: none; {n.why}" for n in plan.no_communication]
+    lines = [
+        "Tensor-parallel FFN: Linear1 column-parallel, Linear2 row-parallel",
+        f"batch B={plan.batch}  seq S={plan.seq}  hidden_size H={plan.hidden}  ffn_hidden_size F={plan.ffn}  "
+        f"tp P={plan.tp}",
+        f"tokens M=B*S={tokens}  F/P={shard}  dtype {plan.dtype}  activation {plan.activation}  "
+        f"bias {'yes' if plan.bias else 'no'}  save {plan.save}",
+        *("", "Tensors of one rank (weights in nn.Linear layout)"),
+        *_table(("tensor", "shape", ">elements", ">bytes", ">", "over the group"), tensor_rows),
+        f"  parameters: {_exact_size(totals['parameter_bytes'])} on each rank",
+        *("", "GEMMs of one rank, in launch order"),
+        *_table(("gemm", "pass", "product", "M, N, K", ">FLOPs", ">"), gemm_rows),
+        *("", "HBM traffic of one rank: each operand read once, each output written once"),
+        *_table(("kernel", "for", "reads -> writes", ">bytes", ">"), hbm_rows),
+        *("", "Totals"),
+        *_table(
+            ("pass", ">FLOPs, one rank", ">", ">all ranks", ">HBM bytes, one rank", ">", ">FLOPs per byte"),
+            total_rows,
+        ),
+        *("", "Activations kept for backward on each rank"),
+        *_table(("", "tensors", ">bytes", ">"), saved_rows),
+        *("", "Communication", *(line for c in plan.collectives for line in _collective(c, plan.tp)), *none),
+    ]
+    return "\n".join(lines)
+
+
+def _collective(c: Collective, tp: int) -> tuple[str, str]:
+    kind, sent = c.kind.replace("_", "-"), f"{c.sent_per_rank} elements sent per rank"
+    if c.sent_per_rank * tp != c.sent_total:
+        sent = f"at most {sent}"
+    return (
+        f"  {c.pass_} {kind} of {c.tensor}: {c.elements} elements, {_exact_size(c.bytes)}",
+        f"    ring: {c.rounds} rounds, {sent}, {c.sent_total} in all ({human_bytes(c.sent_total_bytes)}), "
+        f"{c.amplification:g}x the payload",
+    )
+
+
+def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    # `pass` is a Python keyword; tuples would come back from JSON as lists, so the dict has lists already.
+    return {k.rstrip("_"): list(v) if isinstance(v, tuple) else v for k, v in items}
+
+
+def _human(count: int, base: int, units: Sequence[str]) -> str:
+    value, unit = float(count), 0
+    # Compared as printed: 1023.7 KiB would print as 1024 KiB, so it goes to MiB.
+    while unit + 1 < len(units) and float(f"{value:.4g}") >= base:
+        value, unit = value / base, unit + 1
+    return f"{value:.4g} {units[unit]}"
+
+
+def _size(count: int) -> tuple[int, str]:
+    return count, human_bytes(count)
+
+
+def _work(flops: int) -> tuple[int, str]:
+    return flops, human_flops(flops)
+
+
+def _exact_size(count: int) -> str:
+    return f"{count} bytes" + (f" ({human_bytes(count)})" if count >= 1024 else "")
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Align columns over two spaces; a header that starts with ">" makes its column right-aligned."""
+    right = [h.startswith(">") for h in headers]
+    cells = [[h.removeprefix(">") for h in headers], *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  " + "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in cells
+    ]
