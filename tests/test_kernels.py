@@ -204,6 +204,22 @@ def test_missing_bias_and_padded_rows(dtype, device):
     assert_exact("wgrad", wgrad(dy, x), dy.double().t() @ x.double())
 
 
+def test_offsets_past_two_to_the_31(device):
+    """Rows that lie 2³⁰ elements apart: the third starts past what 32 bits address. Untouched memory costs nothing."""
+    stride, K = 2**30 + 8, 16
+    far = torch.empty(2 * stride + K, dtype=torch.bfloat16, device=device).as_strided((3, K), (stride, 1))
+    near = integers(3, K, dtype=torch.bfloat16, device=device)
+    far.copy_(near)
+    weight, bias = (integers(*s, dtype=torch.bfloat16, device=device) for s in ((24, K), (24,)))
+    for config in (None, TINY):
+        act, _ = linear_act(far, weight, bias, "relu", False, config)
+        assert torch.equal(act, F.relu(F.linear(near, weight, bias)))
+        assert torch.equal(wgrad(far, near, config), near.t() @ near)
+        assert torch.equal(linear(near, far, None, config), near @ near.t())
+        assert torch.equal(dgrad(near[:, :3].contiguous(), far, config), near[:, :3] @ near)
+    assert torch.equal(column_sum(far), near.sum(0))
+
+
 def test_zero_tokens(device):
     """No tokens: empty outputs, zero weight and bias gradients, no launch."""
     x, w1, w2 = (torch.ones(s, device=device) for s in ((0, 8), (12, 8), (8, 12)))

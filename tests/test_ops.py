@@ -78,6 +78,9 @@ def test_native_path_with_and_without_onednn(activation, dtype, onednn, monkeypa
     x, w1, b1 = (t.to(dtype) for t in (torch.randn(M, H), torch.randn(F, H) / 8, torch.randn(F)))
     pre_act = torch.nn.functional.linear(x.double(), w1.double(), b1.double())
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    monkeypatch.setattr(native, "_mkl_is_fast", lambda: not onednn)
+    torch.testing.assert_close(native.dgrad(x @ w1.t(), w1), x @ w1.t() @ w1, **tolerance)
+    torch.testing.assert_close(native.wgrad(x, x), x.t() @ x, **tolerance)
     for save in (True, False):
         act, saved = native.linear_act(x, w1, b1, activation, save)
         torch.testing.assert_close(act.double(), reference.ACTIVATIONS[activation](pre_act), **tolerance)

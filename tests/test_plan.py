@@ -156,7 +156,7 @@ def test_hbm_traffic_counts_each_operand_and_output_once() -> None:
 
 def test_no_bias_drops_every_bias_everywhere() -> None:
     plan = plan_ffn(3, 5, 7, 36, 4, bias=False)
-    named = {name for g in (*plan.gemms, *plan.reductions) for name in (*g.reads, *g.writes)} | {*shapes(plan)}
+    named = {name for g in plan.kernels for name in (*g.reads, *g.writes)} | {*shapes(plan)}
     assert not named & {"b1", "b2", "db1", "db2"}
     assert plan.totals["parameter_bytes"] == 4 * 2 * 63
 

@@ -19,8 +19,12 @@ def has_agreed(group: dist.ProcessGroup) -> bool:
     return group in _agreed
 
 
-def agree(group: dist.ProcessGroup, key: tuple, description: str, error: Exception | None = None) -> None:
+def agree(
+    group: dist.ProcessGroup, device: torch.device, key: tuple, description: str, error: Exception | None = None
+) -> None:
     """Exchange `description`, or this rank's `error`, with the group; returns at once where `key` was agreed on before.
+
+    device: where this rank computes; NCCL sends from there.
 
     Collective on first use of a key. Raises: `error` itself on its own rank; ValueError on every other rank, naming
     the ranks that rejected their arguments or listing what each rank asked for.
@@ -28,7 +32,7 @@ def agree(group: dist.ProcessGroup, key: tuple, description: str, error: Excepti
     keys = _agreed.setdefault(group, set())
     if error is None and key in keys:
         return
-    texts = _all_gather_text(group, f"rejected: {error}" if error else description)
+    texts = _all_gather_text(group, device, f"rejected: {error}" if error else description)
     if error is not None:
         raise error
     rejected = [f"rank {rank} {text}" for rank, text in enumerate(texts) if text.startswith("rejected: ")]
@@ -40,8 +44,11 @@ def agree(group: dist.ProcessGroup, key: tuple, description: str, error: Excepti
     keys.add(key)
 
 
-def _all_gather_text(group: dist.ProcessGroup, text: str) -> list[str]:
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+def _all_gather_text(group: dist.ProcessGroup, device: torch.device, text: str) -> list[str]:
+    if dist.get_backend(group) != "nccl":
+        device = torch.device("cpu")
+    elif device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(mine) for _ in range(group.size())]

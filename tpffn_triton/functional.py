@@ -63,26 +63,36 @@ def ffn(
     except (TypeError, ValueError) as error:
         # The others are about to compare arguments: tell them. Later they no longer listen.
         if group is not None and not has_agreed(group):
-            agree(group, (), "", error)
+            agree(group, x.device if isinstance(x, Tensor) else torch.get_default_device(), (), "", error)
         raise
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     if group is not None and not torch.compiler.is_compiling():
         dx_needed = differentiable and x.requires_grad
         key = (w1.shape, x.dtype, x.device.type, activation, b2 is None, dx_needed)
-        agree(group, key, f"x {list(x.shape)} and w1 {list(w1.shape)} in {x.dtype} on {x.device.type}, {activation}, "
-              f"{'no b2' if b2 is None else 'b2'}, {'dx' if dx_needed else 'no dx'}")  # fmt: skip
+        agree(group, x.device, key, _description(x, w1, b2, activation, dx_needed))
     if differentiable:
         return _FFN.apply(x, w1, w2, b1, b2, activation, save, group)
+    w1, w2, b1, b2 = _dense(w1, w2, b1, b2)
     act, _ = ops.linear_act(_rows(x), w1, b1, activation, False)
     return _linear2(act, w2, b2, group).view(x.shape)
 
 
+def _description(x: Tensor, w1: Tensor, b2: Tensor | None, activation: str, dx_needed: bool) -> str:
+    tensors = f"x {list(x.shape)} and w1 {list(w1.shape)} in {x.dtype} on {x.device.type}"
+    return f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, {'dx' if dx_needed else 'no dx'}"
+
+
 def _rows(t: Tensor) -> Tensor:
     """View [..., H] as [M, H] with a contiguous last dim and rows that do not overlap; copies where it must."""
-    rows = t.reshape(-1, t.shape[-1])
+    rows = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
         rows = rows.contiguous()
     return rows
+
+
+def _dense(w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> tuple:
+    """Return the parameters as the kernels read them; copies those that are transposed or expanded views."""
+    return _rows(w1), _rows(w2), None if b1 is None else b1.contiguous(), None if b2 is None else b2.contiguous()
 
 
 def _linear2(act: Tensor, w2: Tensor, b2: Tensor | None, group: "dist.ProcessGroup | None") -> Tensor:
@@ -107,6 +117,7 @@ class _FFN(torch.autograd.Function):
         need_x, need_w1, need_w2, need_b1, _ = ctx.needs_input_grad[:5]
         need_d_pre = need_x or need_w1 or need_b1
         rows = _rows(x)
+        w1, w2, b1, b2 = _dense(w1, w2, b1, b2)
         act, pre_act = ops.linear_act(rows, w1, b1, activation, need_d_pre and save == "pre_act")
         recompute = save == "nothing" and (need_d_pre or need_w2)
         ctx.save_for_backward(

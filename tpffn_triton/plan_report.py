@@ -98,6 +98,11 @@ class FFNPlan:
     collectives: tuple[Collective, ...]
     no_communication: tuple[NoCommunication, ...]
 
+    @property
+    def kernels(self) -> list[Gemm | Reduction]:
+        """Everything that a rank launches."""
+        return [*self.gemms, *self.reductions]
+
     def bytes_of(self, names: tuple[str, ...]) -> int:
         return sum(t.bytes for t in self.tensors if t.name in names)
 
@@ -110,7 +115,7 @@ class FFNPlan:
         out: dict[str, Any] = {"parameter_bytes": self.bytes_of(("w1", "b1", "w2", "b2"))}
         for pass_ in ("forward", "backward"):
             flops = sum(g.flops for g in self.gemms if g.pass_ == pass_)
-            hbm_bytes = sum(k.hbm_bytes for k in (*self.gemms, *self.reductions) if k.pass_ == pass_)
+            hbm_bytes = sum(k.hbm_bytes for k in self.kernels if k.pass_ == pass_)
             out[f"flops_{pass_}"] = flops
             out[f"flops_{pass_}_all_ranks"] = flops * self.tp
             out[f"hbm_bytes_{pass_}"] = hbm_bytes
@@ -146,8 +151,7 @@ def render_text(plan: FFNPlan) -> str:
     tensor_rows = [(t.name, [*t.shape], t.elements, *_size(t.bytes), t.layout) for t in plan.tensors]
     gemm_rows = [(g.name, g.pass_, g.formula, f"{g.m}, {g.n}, {g.k}", *_work(g.flops)) for g in plan.gemms]
     hbm_rows = [
-        (k.kernel, k.name, f"{' '.join(k.reads)} -> {' '.join(k.writes)}", *_size(k.hbm_bytes))
-        for k in (*plan.gemms, *plan.reductions)
+        (k.kernel, k.name, f"{' '.join(k.reads)} -> {' '.join(k.writes)}", *_size(k.hbm_bytes)) for k in plan.kernels
     ]
     total_rows = [
         (

@@ -1,0 +1,143 @@
+"""List what is compared: each implementation computes one rank's FFN on its shards.
+
+    forward(x [B, S, H], w1 [F/P, H], b1 [F/P], w2 [H, F/P], b2 [H], group) -> y [B, S, H]
+
+    unfused          F.linear, activation, F.linear: three torch operations
+    unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)
+    fused            tpffn_triton.ffn
+
+On a CPU `fused` computes through oneDNN, F.linear through whatever torch was built with: what `fused` gains
+over `unfused-onednn` is fusion, the rest of what it gains over `unfused` is oneDNN's.
+
+Around the unfused steps stand Megatron-LM's f and g. Both sum in place, so that no copy slows the baseline:
+    enter   forward: identity                backward: all-reduce of dx
+    leave   forward: all-reduce of y         backward: identity         b2 is added after it, on every rank
+Without a group b2 goes into the second F.linear.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import checkout  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpffn_triton import ffn
+from tpffn_triton.collectives import all_reduce
+from tpffn_triton.reference import ACTIVATIONS
+
+Group = dist.ProcessGroup | None
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Group], Tensor]
+Linear = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the FFN: `build(activation)` returns its forward.
+
+    device_types, dtypes   where it exists
+    """
+
+    name: str
+    summary: str
+    build: Callable[[str], Forward]
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("fp32", "tf32", "bf16", "fp16")
+
+    def runs(self, device_type: str, dtype: str) -> bool:
+        """Say whether it exists for this device type and dtype."""
+        return device_type in self.device_types and dtype in self.dtypes
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dx.contiguous(), ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial_y: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(partial_y.detach(), group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """x @ weight.T + bias with oneDNN's GEMM in all three places; the operator itself records no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows_dy, rows_x = dy.flatten(0, -2), x.flatten(0, -2)
+        dx = _onednn(rows_dy, weight.t(), None).view(x.shape)
+        return dx, _onednn(rows_dy.t(), rows_x.t(), None), rows_dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _unfused(linear: Linear) -> Callable[[str], Forward]:
+    def build(activation: str) -> Forward:
+        activate = ACTIVATIONS[activation]
+
+        def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
+            if group is None:
+                return linear(activate(linear(x, w1, b1)), w2, b2)
+            hidden = activate(linear(_Enter.apply(x, group), w1, b1))
+            return _Leave.apply(linear(hidden, w2, None), group) + b2
+
+        return forward
+
+    return build
+
+
+def _fused(activation: str) -> Forward:
+    def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
+        return ffn(x, w1, w2, b1, b2, activation=activation, tp_group=group)
+
+    return forward
+
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("unfused", "F.linear, activation, F.linear: the baseline", _unfused(F.linear)),
+        Implementation(
+            "unfused-onednn",
+            "the same three steps, GEMMs by oneDNN (CPU, fp32 and bf16)",
+            _unfused(_OneDNNLinear.apply),
+            device_types=("cpu",),
+            dtypes=("fp32", "bf16"),
+        ),
+        Implementation("fused", "tpffn_triton.ffn", _fused),
+    )
+}
+
+
+def chosen(names: tuple[str, ...] | None, device_type: str, dtype: str) -> list[Implementation]:
+    """Return the named implementations, or with None all that exist here, the baseline first.
+
+    Raises: ValueError: a named one does not exist for this device type and dtype.
+    """
+    available = [i for i in IMPLEMENTATIONS.values() if i.runs(device_type, dtype)]
+    for name in names or ():
+        if name not in {i.name for i in available}:
+            raise ValueError(f"implementation {name} does not exist for {dtype} on {device_type}")
+    return [i for i in available if names is None or i.name in names]

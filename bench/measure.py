@@ -1,0 +1,222 @@
+"""Measure every chosen implementation on one rank: check all against fp64, then time, then weigh the memory.
+
+One row a shape, dtype, mode and implementation. A wrong implementation is refused: not timed, no row.
+
+    max_rel_err             ‖out − ref‖ / ‖ref‖ (Frobenius) of the worst tensor (y, dx, dw1, db1, dw2, db2) on
+                            any rank; ref is fp64 on inputs rounded to the dtype
+    error_vs_unfused        max_rel_err over that of `unfused`
+    ms_p20, ms_p50, ms_p80  time of a step (timing.py)
+    comm_ms, compute_ms     median of a step's exposed communication; ms_p50 less that
+    comm_ms_least           the same of the rank that waits least: without the wait for slower ranks
+    tflops                  one rank's GEMM FLOPs over ms_p50
+    roofline_pct            least possible time on this device (environment.py) over ms_p50
+    peak_mem_bytes          one eager step's (memory.py), the most of any rank
+"""
+
+import contextlib
+import statistics
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import environment
+import memory
+import timing
+import torch
+import workloads
+from implementations import chosen
+from ranks import Rank
+from steps import Step, make_step
+from torch import Tensor
+from workloads import Shape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; impls None means all that exist here, rounds None as many as fit.
+
+    one_shard   there are fewer GPUs than P: rank 0's shard alone, without a group
+    """
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+    impls: tuple[str, ...] | None
+    activation: str
+    rounds: int | None
+    graph: bool
+    quick: bool
+    one_shard: bool
+    command: str
+
+
+def error_bound(dtype: str, activation: str) -> float:
+    """Return the max_rel_err above which an implementation is refused.
+
+    Three to ten times what eager shows at the named shapes: a wrong formula or a lost term lies above it.
+    relu's derivative jumps at 0, where a rounding error of the pre-activation turns a whole element of d_pre
+    on or off, in eager as well: with the errors of fp32 and TF32 sums, one element in about 10⁶ and 10³.
+    """
+    smooth = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2, "fp16": 3e-3}
+    relu = {"fp32": 5e-3, "tf32": 5e-2, "bf16": 2e-2, "fp16": 5e-3}
+    return (relu if activation == "relu" else smooth)[dtype]
+
+
+def measure(rank: Rank, settings: Settings) -> dict[str, list]:
+    """Return {"rows": [...], "refused": [why something has no row, ...]}; rank 0's is the one to report.
+
+    Without a group, a problem that raises is reported in `refused` and leaves the other problems' rows alone.
+    """
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
+    surroundings = environment.describe(rank) | {"command": settings.command}
+    for shape in settings.shapes:
+        for dtype in settings.dtypes:
+            try:
+                with _matmul_precision(dtype):
+                    measured, wrong = _measure_problem(rank, settings, shape, dtype)
+            except Exception as error:
+                if rank.group is not None:  # the others may be waiting for this rank: ranks.py stops them
+                    raise
+                traceback.print_exc()
+                measured, wrong = [], [f"{shape.name}, {dtype} failed: {type(error).__name__}: {error}"]
+            rows += [row | surroundings for row in measured]
+            refused += wrong
+    return {"rows": rows, "refused": refused}
+
+
+@contextlib.contextmanager
+def _matmul_precision(dtype: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _measure_problem(
+    rank: Rank, settings: Settings, shape: Shape, dtype: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    rank.say(f"{shape.name} {dtype}: computing the fp64 reference")
+    full = workloads.draw(shape, dtype, rank.device)
+    own = workloads.shard(full, rank.rank, shape.tp if settings.one_shard else rank.world_size, settings.activation)
+    most = "fwd_bwd" if "fwd_bwd" in settings.modes else "fwd"
+    if settings.one_shard:
+        reference = workloads.expected(own, most, settings.activation)
+    else:
+        reference = workloads.expected(full, most, settings.activation, rank.rank, rank.world_size)
+    del full
+    bound = error_bound(dtype, settings.activation)
+    errors: dict[tuple[str, str], float] = {}
+    steps: dict[str, dict[str, Step]] = {mode: {} for mode in settings.modes}
+    refused = []
+    for implementation in chosen(settings.impls, rank.device.type, dtype):
+        forward = implementation.build(settings.activation)
+        for mode in settings.modes:
+            step = make_step(forward, own, rank.group, mode, settings.graph)
+            name = implementation.name
+            error, tensor = _worst_error(step, reference, rank)
+            if error <= bound:
+                errors[mode, name], steps[mode][name] = error, step
+            else:
+                refused.append(
+                    f"{name} ({shape.name}, {dtype}, {mode}) is wrong: {tensor} is off by {error:.2g} "
+                    f"(Frobenius, against fp64), allowed {bound:.2g}"
+                )
+                rank.say(f"refused: {refused[-1]}")
+    del reference
+    rows = []
+    for mode in settings.modes:
+        if steps[mode]:
+            own_errors = {name: errors[mode, name] for name in steps[mode]}
+            rows += _time_mode(rank, settings, shape, dtype, mode, steps[mode], own_errors)
+    return rows, refused
+
+
+def _worst_error(step: Step, reference: dict[str, Tensor], rank: Rank) -> tuple[float, str]:
+    """Return the largest relative error of step's outputs over tensors and ranks, and the tensor's name."""
+    step.reset()
+    step()
+    outputs = step.outputs()
+    names = [name for name in reference if step.mode == "fwd_bwd" or name == "y"]
+    local = []
+    for name in names:
+        if name not in outputs or outputs[name].shape != reference[name].shape:
+            local.append(float("inf"))
+        else:
+            off = outputs[name].double() - reference[name]
+            local.append((off.norm() / reference[name].norm()).item())
+    step.reset()
+    return max(zip(rank.maxima(local), names, strict=True))
+
+
+def _time_mode(
+    rank: Rank,
+    settings: Settings,
+    shape: Shape,
+    dtype: str,
+    mode: str,
+    steps: dict[str, Step],
+    errors: dict[str, float],
+) -> list[dict[str, Any]]:
+    rank.say(f"{shape.name} {dtype} {mode}: timing {', '.join(steps)}")
+    times, rounds = timing.time_rounds(steps, rank, graph=settings.graph, quick=settings.quick, rounds=settings.rounds)
+    rows: list[dict[str, Any]] = []
+    for name, step in steps.items():
+        t = times[name]
+        p20, p50, p80 = timing.quantiles(t.ms)
+        # Unknown where a part of the communication is missing, or hidden inside a graph.
+        split = not settings.one_shard and not (settings.graph and rank.group is not None)
+        comm_ms = statistics.median(t.comm_ms) if split else None
+        eager = Step(step.forward, step.problem, step.group, step.mode)
+        floor = environment.floor_ms(environment.device_name(rank.device), dtype, shape.pass_floors(mode, dtype))
+        rows.append(
+            {
+                "impl": name,
+                "mode": mode,
+                "shape": shape.name,
+                "batch": shape.batch,
+                "seq": shape.seq,
+                "hidden": shape.hidden,
+                "ffn": shape.ffn,
+                "tp": shape.tp,
+                "dtype": dtype,
+                "activation": settings.activation,
+                "graph": settings.graph,
+                "iters": rounds,
+                "ms_p20": p20,
+                "ms_p50": p50,
+                "ms_p80": p80,
+                "comm_ms": comm_ms,
+                "comm_ms_least": statistics.median(t.comm_ms_least) if split else None,
+                "compute_ms": p50 if settings.one_shard else None if comm_ms is None else p50 - comm_ms,
+                "communication_included": not settings.one_shard,
+                "tflops": shape.flops(mode) / p50 / 1e9,
+                "roofline_pct": None if floor is None else 100 * floor / p50,
+                "speedup_vs_unfused": None,
+                "speedup_vs_unfused_onednn": None,
+                "max_rel_err": errors[name],
+                "error_vs_unfused": None,
+                "peak_mem_bytes": memory.peak_bytes(eager, rank),
+            }
+        )
+    _compare(rows)
+    return rows
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """Fill in what relates each row to the baselines, where those are present."""
+    by_name = {row["impl"]: row for row in rows}
+    for baseline, field in (
+        ("unfused", "speedup_vs_unfused"),
+        ("unfused-onednn", "speedup_vs_unfused_onednn"),
+    ):
+        if baseline in by_name:
+            for row in rows:
+                row[field] = by_name[baseline]["ms_p50"] / row["ms_p50"]
+    eager_error = by_name["unfused"]["max_rel_err"] if "unfused" in by_name else 0
+    if eager_error > 0:
+        for row in rows:
+            row["error_vs_unfused"] = row["max_rel_err"] / eager_error

@@ -1,0 +1,172 @@
+"""Time steps fairly: interleaved rounds, a barrier before every step, and what the clock sees stated.
+
+A step is one forward, or one forward and backward with gradients of x, w1, b1, w2 and b2, on one rank. A
+round runs every implementation once, starting one further each time. Figures are maxima over ranks per step.
+
+    CPU              host clock around the step; caches as the step before left them
+    CUDA             events around the step. L2 is overwritten before it, and the GPU is idle when it begins,
+                     so the host's launches count
+    CUDA, --graph    events around the replay of a captured graph, enqueued behind the overwriting: GPU time
+
+    ms             the step
+    comm_ms        the part of it in which computation stood still for a collective, launch and wait for slower
+                   ranks included; not measured inside a graph, which is not taken apart
+    comm_ms_least  its minimum over ranks in place of the maximum
+
+Source: triton.testing.do_bench and DeepGEMM's testing/bench.py (L2 overwritten, barrier against launch skew).
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import checkout  # noqa: F401
+import torch
+from ranks import Rank
+from steps import Step
+
+from tpffn_triton.collectives import observe
+
+T = TypeVar("T")
+_L2_OVERWRITE_BYTES = 256 << 20
+
+
+class Clock(Protocol):
+    """What `time_rounds` needs of a clock."""
+
+    def measure(self, step: Step, rank: Rank) -> tuple[float, float]:
+        """Run step once; return (ms, ms of it in which computation stood still for collectives)."""
+
+
+class HostClock:
+    """time.perf_counter around a step on a CPU."""
+
+    def measure(self, step: Step, rank: Rank) -> tuple[float, float]:
+        waits: list[float] = []
+
+        @contextlib.contextmanager
+        def observed() -> Iterator[None]:
+            begin = time.perf_counter()
+            yield
+            waits.append(time.perf_counter() - begin)
+
+        step.reset()
+        rank.barrier()
+        with observe(observed):
+            begin = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - begin
+        return elapsed * 1e3, sum(waits) * 1e3
+
+
+class CudaClock:
+    """CUDA events around a step; see the module docstring for what `graph` changes."""
+
+    def __init__(self, graph: bool) -> None:
+        self.graph = graph
+        self.overwritten = torch.empty(_L2_OVERWRITE_BYTES, dtype=torch.uint8, device="cuda")
+
+    def measure(self, step: Step, rank: Rank) -> tuple[float, float]:
+        waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+        @contextlib.contextmanager
+        def observed() -> Iterator[None]:
+            begin = _recorded_event()
+            yield
+            waits.append((begin, _recorded_event()))
+
+        step.reset()
+        rank.barrier()
+        self.overwritten.zero_()
+        if not self.graph:
+            torch.cuda.synchronize()
+        with contextlib.nullcontext() if self.graph else observe(observed):
+            begin = _recorded_event()
+            step()
+            end = _recorded_event()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end), sum(before.elapsed_time(after) for before, after in waits)
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """Return items starting at number `by`, modulo their count."""
+    by %= len(items)
+    return [*items[by:], *items[:by]]
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile, interpolated between neighbours."""
+    ordered = sorted(values)
+
+    def at(fraction: float) -> float:
+        place = fraction * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return at(0.2), at(0.5), at(0.8)
+
+
+@dataclass
+class Times:
+    """One implementation's rounds; see the module docstring."""
+
+    ms: list[float]
+    comm_ms: list[float]
+    comm_ms_least: list[float]
+
+
+def run_rounds(steps: dict[str, Step], clock: Clock, rank: Rank, rounds: int) -> dict[str, Times]:
+    """Run every implementation once a round; returns each one's times."""
+    local: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name in rotated(list(steps), number):
+            local[name].append(clock.measure(steps[name], rank))
+    times = {}
+    for name, measured in local.items():
+        ms, comm_ms = zip(*measured, strict=True)
+        least = [-value for value in rank.maxima([-value for value in comm_ms])]
+        times[name] = Times(rank.maxima(ms), rank.maxima(comm_ms), least)
+    return times
+
+
+def rounds_within(seconds: float, bounds: tuple[int, int], measure_round: Callable[[], float], rank: Rank) -> int:
+    """Return how many rounds like the one `measure_round` runs fit into `seconds`; all ranks agree."""
+    (round_s,) = rank.maxima([measure_round()])
+    low, high = bounds
+    return max(low, min(high, int(seconds / max(round_s, 1e-9))))
+
+
+def time_rounds(
+    steps: dict[str, Step], rank: Rank, *, graph: bool, quick: bool, rounds: int | None
+) -> tuple[dict[str, Times], int]:
+    """Warm up, then time; returns run_rounds' result and the number of rounds.
+
+    rounds   None: as many as fit into 15 s (CUDA: 5 s), 10 to 50 (20 to 200); with quick, 3 (10)
+    quick    also shortens the warm-up
+    """
+    cuda = rank.device.type == "cuda"
+    clock: Clock = CudaClock(graph) if cuda else HostClock()
+    warm_up = (3 if quick else 25) if cuda else (0 if quick else 1)
+    run = functools.partial(run_rounds, steps, clock, rank)
+
+    def warm_round() -> float:
+        begin = time.perf_counter()
+        run(1)
+        return time.perf_counter() - begin
+
+    if warm_up:
+        run(warm_up)
+    if rounds is None:
+        bounds = ((10, 10) if quick else (20, 200)) if cuda else (3, 3) if quick else (10, 50)
+        rounds = rounds_within(5 if cuda else 15, bounds, warm_round, rank)
+    return run(rounds), rounds

@@ -1,0 +1,139 @@
+"""Define what is computed: named shapes, a seeded random problem for each, its fp64 reference, a rank's part.
+
+    x, dy   [B, S, H]   drawn from N(0, 1); replicated
+    w1, b1  [F, H], [F] drawn from U(±1/√H)           a rank holds [F/P, H], [F/P]
+    w2, b2  [H, F], [H] drawn from U(±1/√F)           a rank holds [H, F/P], [H]
+
+All are rounded to the benchmark's dtype before the reference widens them to fp64, so that an error is the
+implementation's own. Every rank draws the same full problem.
+"""
+
+from dataclasses import dataclass
+
+import checkout  # noqa: F401
+import torch
+from torch import Tensor
+
+from tpffn_triton.plan import plan_ffn
+from tpffn_triton.reference import ffn_reference
+from tpffn_triton.sharding import shard_ffn
+from tpffn_triton.validation import check_sizes
+
+MODES = ("fwd", "fwd_bwd")
+# tf32: fp32 tensors whose GEMMs may use TF32 tensor cores.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEED = 20_240_229
+_PASS_TENSORS = {"fwd": "x w1 b1 w2 b2 y", "bwd": "x w1 w2 dy dx dw1 db1 dw2 db2"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One FFN layer: B, S, H, the full F, P ranks. Raises: ValueError: a size below 1, or F % P != 0."""
+
+    name: str
+    batch: int
+    seq: int
+    hidden: int
+    ffn: int
+    tp: int
+
+    def __post_init__(self) -> None:
+        for name, size in (("batch", self.batch), ("seq", self.seq)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(self.hidden, self.ffn, self.tp)
+
+    @property
+    def tokens(self) -> int:
+        """M."""
+        return self.batch * self.seq
+
+    def flops(self, mode: str) -> int:
+        """FLOPs of one rank's GEMMs, 2·M·H·F/P each: 2 forward, 4 backward; nothing element-wise counts."""
+        gemms = 2 if mode == "fwd" else 6
+        return gemms * 2 * self.tokens * self.hidden * self.ffn // self.tp
+
+    def pass_floors(self, mode: str, dtype: str) -> list[tuple[int, int]]:
+        """(FLOPs, bytes) of each pass on one rank; it reads its inputs once and writes its results once."""
+        plan = plan_ffn(
+            self.batch, self.seq, self.hidden, self.ffn, self.tp, dtype="fp32" if dtype == "tf32" else dtype
+        )
+        size = {t.name: t.bytes for t in plan.tensors}
+        moved = {name: sum(size[t] for t in tensors.split()) for name, tensors in _PASS_TENSORS.items()}
+        forward = self.flops("fwd")
+        floors = [(forward, moved["fwd"])]
+        return floors if mode == "fwd" else [*floors, (2 * forward, moved["bwd"])]
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("analysed", batch=8, seq=128, hidden=1024, ffn=4096, tp=4),
+        Shape("decode", batch=64, seq=1, hidden=8192, ffn=28672, tp=8),
+        Shape("medium", batch=2, seq=2048, hidden=4096, ffn=16384, tp=8),
+        Shape("large", batch=4, seq=2048, hidden=8192, ffn=28672, tp=8),
+        Shape("small", batch=4, seq=64, hidden=256, ffn=1024, tp=2),
+        Shape("tiny", batch=2, seq=8, hidden=64, ffn=128, tp=2),
+    )
+}
+
+
+@dataclass
+class Problem:
+    """The tensors of one FFN, full or one rank's; shapes in the module docstring."""
+
+    x: Tensor
+    dy: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors whose gradients are wanted, by name."""
+        return {"x": self.x, "w1": self.w1, "b1": self.b1, "w2": self.w2, "b2": self.b2}
+
+
+def draw(shape: Shape, dtype: str, device: torch.device) -> Problem:
+    """Return the full problem; the same numbers in every process with this device type."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    tokens = (shape.batch, shape.seq, shape.hidden)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(DTYPES[dtype])
+
+    def uniform(fan_in: int, *size: int) -> Tensor:
+        unit = torch.rand(size, generator=generator, device=device)
+        return unit.mul_(2).sub_(1).mul_(fan_in**-0.5).to(DTYPES[dtype])
+
+    h, f = shape.hidden, shape.ffn
+    return Problem(
+        x=normal(*tokens),
+        dy=normal(*tokens),
+        w1=uniform(h, f, h),
+        b1=uniform(h, f),
+        w2=uniform(f, h, f),
+        b2=uniform(f, h),
+    )
+
+
+def shard(problem: Problem, rank: int, world_size: int, activation: str) -> Problem:
+    """Return rank's problem: copies of its weights, with gradients wanted; x and dy are shared."""
+    full = (problem.w1, problem.b1, problem.w2, problem.b2)
+    own = shard_ffn(*full, rank, world_size, activation=activation)
+    w1, b1, w2, b2 = (t.clone().requires_grad_() for t in own if t is not None)
+    return Problem(problem.x.detach().requires_grad_(), problem.dy, w1, b1, w2, b2)
+
+
+def expected(problem: Problem, mode: str, activation: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """Return what rank must get, in fp64: y, and in mode fwd_bwd dx, dw1, db1, dw2, db2, cut into shards."""
+    wide = {name: t.detach().double().requires_grad_(mode == "fwd_bwd") for name, t in problem.leaves().items()}
+    y = ffn_reference(**wide, activation=activation)
+    if mode == "fwd":
+        return {"y": y}
+    y.backward(problem.dy.double())
+    grads = {name: t.grad for name, t in wide.items() if t.grad is not None}
+    full = (grads["w1"], grads["b1"], grads["w2"], grads["b2"])
+    own = shard_ffn(*full, rank, world_size, activation=activation)
+    named = dict(zip(("dw1", "db1", "dw2", "db2"), own, strict=True))
+    return {"y": y.detach(), "dx": grads["x"]} | {name: t for name, t in named.items() if t is not None}

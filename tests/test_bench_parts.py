@@ -1,0 +1,206 @@
+"""The parts of the benchmark: problems, the gate's reference, statistics, ceilings, memory, the GPU's clock and graphs.
+
+A fake torch.cuda rehearses what a machine without a GPU cannot run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import environment
+import implementations
+import measure
+import memory
+import ranks
+import steps
+import timing
+import workloads
+
+from tpffn_triton import collectives
+from tpffn_triton.plan import plan_ffn
+from tpffn_triton.sharding import unshard_ffn
+
+pytestmark = pytest.mark.cpu_only
+TINY = workloads.SHAPES["tiny"]
+ALONE = ranks.Rank(0, 1, torch.device("cpu"), 1, None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "relu2"])
+def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str) -> None:
+    own = workloads.shard(workloads.draw(TINY, dtype, ALONE.device), 0, 1, activation)
+    reference = workloads.expected(own, "fwd_bwd", activation)
+    for implementation in implementations.chosen(("unfused",), "cpu", dtype):
+        step = steps.make_step(implementation.build(activation), own, None, "fwd_bwd", graph=False)
+        error, _ = measure._worst_error(step, reference, ALONE)
+        assert 0 < error < measure.error_bound(dtype, activation) / 2
+
+
+def test_expected_gradients_are_the_shards_of_the_whole() -> None:
+    full = workloads.draw(TINY, "fp32", torch.device("cpu"))
+    whole = workloads.expected(full, "fwd_bwd", "silu")
+    parts = [workloads.expected(full, "fwd_bwd", "silu", rank, 2) for rank in range(2)]
+    shards = [(p["dw1"], p["db1"], p["dw2"], p["db2"]) for p in parts]
+    for name, t in zip(("dw1", "db1", "dw2", "db2"), unshard_ffn(shards, activation="silu"), strict=True):
+        assert t.dtype == torch.float64
+        torch.testing.assert_close(t, whole[name], rtol=0, atol=0)
+
+
+def test_problem_is_the_same_every_time_and_on_every_rank() -> None:
+    first, second = (workloads.draw(TINY, "bf16", torch.device("cpu")) for _ in range(2))
+    assert all(torch.equal(t, second.leaves()[name]) for name, t in first.leaves().items())
+    assert first.w1.dtype == torch.bfloat16
+    assert first.w1.abs().max() <= 64**-0.5
+
+
+def test_quantiles_are_numpys() -> None:
+    for values in ([3.0], [2.0, 1.0], [5.0, 1.0, 4.0, 2.0, 9.0, 2.5, 7.0]):
+        assert timing.quantiles(values) == pytest.approx(np.quantile(values, [0.2, 0.5, 0.8]))
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.order: list[str] = []
+
+    def measure(self, step: Any, rank: ranks.Rank) -> tuple[float, float]:
+        self.order.append(step)
+        return len(self.order), len(self.order) / 2
+
+
+def test_rounds_interleave_and_each_implementation_leads_in_turn() -> None:
+    clock = FakeClock()
+    named: Any = {"a": "a", "b": "b", "c": "c"}
+    times = timing.run_rounds(named, clock, ALONE, 4)
+    assert "".join(clock.order) == "abc" + "bca" + "cab" + "abc"
+    assert times["b"].ms == [2, 4, 9, 11]
+    assert times["b"].comm_ms == times["b"].comm_ms_least == [1, 2, 4.5, 5.5]
+    assert timing.rounds_within(10, (3, 50), lambda: 0.5, ALONE) == 20
+    assert timing.rounds_within(10, (3, 50), lambda: 60, ALONE) == 3
+    assert timing.rounds_within(10, (3, 50), lambda: 0, ALONE) == 50
+
+
+def test_flops_and_bytes_agree_with_the_plan() -> None:
+    for shape in workloads.SHAPES.values():
+        plan = plan_ffn(shape.batch, shape.seq, shape.hidden, shape.ffn, shape.tp, dtype="bf16")
+        assert shape.flops("fwd_bwd") == sum(gemm.flops for gemm in plan.gemms)
+        assert sum(flops for flops, _ in shape.pass_floors("fwd_bwd", "bf16")) == shape.flops("fwd_bwd")
+
+
+def test_floors_on_a_known_device_and_none_on_others() -> None:
+    analysed, decode = workloads.SHAPES["analysed"], workloads.SHAPES["decode"]
+    h100 = "NVIDIA H100 80GB HBM3"
+    assert environment.floor_ms(h100, "bf16", analysed.pass_floors("fwd", "bf16")) == pytest.approx(0.0054, rel=0.02)
+    assert environment.floor_ms(h100, "bf16", decode.pass_floors("fwd", "bf16")) == pytest.approx(0.039, rel=0.03)
+    assert environment.floor_ms(h100, "bf16", decode.pass_floors("fwd_bwd", "bf16")) == pytest.approx(0.117, rel=0.03)
+    for unknown in ("Intel(R) Xeon(R) Processor", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert environment.ceiling(unknown) is None
+        assert environment.floor_ms(unknown, "bf16", analysed.pass_floors("fwd", "bf16")) is None
+
+
+def test_peak_memory_counts_what_a_step_allocates() -> None:
+    def forward(x, w1, b1, w2, b2, group):
+        return torch.ones(64 << 20, dtype=torch.uint8)[: x.numel()].view(x.shape)
+
+    own = workloads.shard(workloads.draw(TINY, "fp32", ALONE.device), 0, 1, "gelu")
+    peak = memory.peak_bytes(steps.Step(forward, own, None, "fwd"), ALONE)
+    if peak is None:
+        pytest.skip("this kernel does not tell")
+    assert 60 << 20 < peak < 80 << 20
+
+
+def test_infinite_and_undefined_values_survive_the_maximum() -> None:
+    assert ALONE.maxima([1.0, float("nan"), float("inf")]) == [1.0, float("inf"), float("inf")]
+
+
+class FakeCuda:
+    """Enough of torch.cuda to run the GPU's clock and graphs on CPU tensors, noting the order of events."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log = log = []
+        clock = iter(range(1000))
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = next(clock)
+                log.append("event")
+
+            def elapsed_time(self, end: Event) -> float:
+                return float(end.at - self.at)
+
+        class Graph:
+            recorded: Any = None
+
+            def replay(self) -> None:
+                log.append("replay")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda s: contextlib.nullcontext(),
+            "graph": lambda g: contextlib.nullcontext(),
+            "synchronize": lambda: log.append("synchronize"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        real_empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: real_empty(*a, **k))
+
+
+class Waiting(steps.Step):
+    """A step that does nothing but note itself and stand still twice for a collective."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def reset(self) -> None:
+        self.log.append("reset")
+
+    def __call__(self) -> None:
+        for _ in range(2):
+            with collectives._observed():
+                self.log.append("collective")
+
+
+def test_cuda_clock_synchronises_before_the_first_event_and_sums_the_waits(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    ms, comm_ms = timing.CudaClock(graph=False).measure(Waiting(cuda.log), ALONE)
+    waits = ["event", "collective", "event"] * 2
+    assert cuda.log == ["reset", "synchronize", "event", *waits, "event", "synchronize"]
+    assert (ms, comm_ms) == (5, 2)
+
+
+def test_cuda_clock_replays_a_graph_behind_the_flush_without_observing(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    ms, comm_ms = timing.CudaClock(graph=True).measure(Waiting(cuda.log), ALONE)
+    assert cuda.log == ["reset", "event", "collective", "collective", "event", "synchronize"]
+    assert (ms, comm_ms) == (1, 0)
+
+
+def test_captured_results_are_nan_until_a_replay_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    own = workloads.shard(workloads.draw(TINY, "fp32", torch.device("cpu")), 0, 1, "gelu")
+    forward = implementations.IMPLEMENTATIONS["unfused"].build("gelu")
+    step = steps.CapturedStep(forward, own, None, "fwd_bwd")
+    assert set(step.outputs()) == {"y", "dx", "dw1", "db1", "dw2", "db2"}
+    assert all(t.isnan().all() for t in step.outputs().values())
+    assert all(leaf.grad is None for leaf in own.leaves().values())
+    step()
+    assert cuda.log == ["replay"]
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, got cpu"):
+        steps.make_step(forward, own, None, "fwd", graph=True)
