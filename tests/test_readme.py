@@ -1,0 +1,66 @@
+"""What README shows is true: its example runs as written, its commands exist, its numbers stand in committed files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu_only
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command, **kwargs) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_example_runs_as_written(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (launcher,) = re.findall(r"# torchrun (.*) example\.py", code)
+    example = tmp_path / "example.py"
+    example.write_text(code)
+    output = run(sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher.split(), str(example))
+    for rank in range(4):
+        assert f"{rank} torch.Size([8, 128, 1024]) torch.Size([1024, 1024])" in output
+
+
+def test_plan_command_gives_the_numbers_in_the_text():
+    (command,) = re.findall(r"^    (python -m tpffn_triton plan .*)$", README, re.MULTILINE)
+    output = run(sys.executable, *command.split()[1:])
+    for number in ("1,048,576", "1,572,864", "6,291,456"):
+        assert number in README
+        assert number.replace(",", "") in output
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (\w+)`", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    flags = run(sys.executable, "bench/ffn_bench.py", "--help")
+    for command in re.findall(r"bench/ffn_bench\.py (.*)$", README, re.MULTILINE):
+        for flag in re.findall(r"--\w+", command):
+            assert flag in flags, flag
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_table_quotes_its_files():
+    """Each measured row of the table names a results file and says what stands in it."""
+    rows = re.findall(
+        r"^\| .*, (forward(?:\+backward)?) \| ([\d.]+) ms \| ([\d.]+) ms \| \[.*\]\((.*\.json)\) \|$", README, re.M
+    )
+    assert rows
+    for mode, unfused, fused, path in rows:
+        written = {
+            (row["mode"], row["impl"]): row["ms_p50"] for row in json.loads((ROOT / path).read_text()) if row["tp"] == 4
+        }
+        mode = "fwd_bwd" if "backward" in mode else "fwd"
+        assert written[mode, "unfused"] == pytest.approx(float(unfused), rel=0.01)
+        assert written[mode, "fused"] == pytest.approx(float(fused), rel=0.01)
