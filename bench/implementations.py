@@ -6,8 +6,8 @@
     unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)
     fused            tpffn_triton.ffn
 
-On a CPU `fused` computes through oneDNN, F.linear through whatever torch was built with: what `fused` gains
-over `unfused-onednn` is fusion, the rest of what it gains over `unfused` is oneDNN's.
+On a CPU `fused` computes some or all GEMMs through oneDNN (tpffn_triton/native.py), F.linear through whatever torch
+was built with: what `fused` gains over the better of the two baselines is fusion and overlap, the rest is oneDNN's.
 
 Around the unfused steps stand Megatron-LM's f and g. Both sum in place, so that no copy slows the baseline:
     enter   forward: identity                backward: all-reduce of dx

@@ -15,7 +15,7 @@ from tpffn_triton import interpreter
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what this machine cannot run, and keep the tests that share one set of ranks on one worker."""
+    """Skip what this machine cannot run."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -254,6 +254,7 @@ def test_cuda_graph_replays_bit_for_bit():
     problem = draw((256,), 256, 512, dtype=torch.bfloat16, device="cuda")
     eager_y = tp.ffn(*problem.leaves())
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         tp.ffn(*problem.leaves())
     torch.cuda.current_stream().wait_stream(stream)

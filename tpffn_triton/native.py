@@ -1,10 +1,10 @@
 """The kernels' CPU counterparts: same names, arguments and results, through torch and oneDNN.
 
-fp32 GEMMs go to oneDNN (`mkldnn._linear_pointwise`), which applies the activation as it writes the first GEMM's output;
-bf16 does so only where no pre-activation is kept. That op takes neither fp16 nor fp64 and records no gradient, so it
-appears here alone, behind our own autograd function. Measured in fp32, 1024³ on one core of an Intel Xeon: oneDNN takes
-0.97× MKL's time for x @ w.T, 1.08× for dy @ w, 1.28× for dy.T @ x; on AMD, MKL is up to twice as slow. So the backward
-products stay with torch (MKL) on Intel alone.
+Where Linear1's pre-activation need not be kept, oneDNN (`mkldnn._linear_pointwise`) applies the activation as it writes
+the GEMM's output, in fp32 and bf16. That op takes neither fp16 nor fp64 and records no gradient, so it appears here
+alone, behind our own autograd function. The other fp32 GEMMs go to oneDNN too, except on an Intel CPU, where MKL is as
+fast and its error smaller. Measured in fp32, 1024³ on one core of an Intel Xeon: oneDNN takes 0.97× MKL's time for
+x @ w.T, 1.08× for dy @ w, 1.28× for dy.T @ x; on AMD, MKL is up to twice as slow.
 
 Shapes, dtypes and results: kernels/linear_act.py, linear_dact.py, matmul.py and column_sum.py. fp64 works here too.
 """
@@ -52,7 +52,7 @@ def _mkl_is_fast() -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _onednn_takes(x, weight, dtypes=(torch.float32,)):
+    if not _mkl_is_fast() and _onednn_takes(x, weight, dtypes=(torch.float32,)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -86,12 +86,12 @@ def linear_dact(
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """Return dy @ weight."""
-    return dy @ weight if _mkl_is_fast() else _linear(dy, weight.t(), None)
+    return _linear(dy, weight.t(), None)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy.T @ x."""
-    return dy.t() @ x if _mkl_is_fast() else _linear(dy.t(), x.t(), None)
+    return _linear(dy.t(), x.t(), None)
 
 
 def column_sum(src: Tensor) -> Tensor:
