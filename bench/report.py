@@ -116,7 +116,7 @@ def _notes(rows: list[Row]) -> str:
         if first["ranks"] > first["cores"]:
             notes.append(f"{first['ranks']} ranks share {first['cores']} cores: they wait for one another.")
         if any(row["impl"] == "unfused-onednn" for row in rows):
-            notes.append("What fused gains over the better baseline is fusion and overlap; the rest is a faster GEMM library's.")
+            notes.append("Over the better baseline, fused gains by fusion and overlap; the rest is the GEMM library.")
     if any(row["ms_p80"] > _WIDE * row["ms_p20"] for row in rows):
         load = "" if first["load_average"] is None else f" (load average at the start: {first['load_average']:.1f})"
         notes.append(f"The times spread widely; was the machine busy{load}? Differences inside p20–p80 are noise.")
