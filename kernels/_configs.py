@@ -8,7 +8,7 @@ memory for every activation (tests/compile_gate.py checks each row again); its s
 """
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -35,8 +35,9 @@ class Config:
     GROUP_M: int = 8
     origin: str = "compiles"
 
+    @cached_property
     def meta(self) -> dict:
-        """Return the keyword arguments of a launch."""
+        """The keyword arguments of a launch."""
         return {key: value for key, value in asdict(self).items() if key != "origin"}
 
 
@@ -115,11 +116,11 @@ def arch_of(device: torch.device) -> str:
 
 
 def arithmetic_of(dtype: torch.dtype) -> str:
-    """Return the arithmetic class of a dtype: "16bit", or for fp32 "ieee" where torch.get_float32_matmul_precision() is
-    "highest" and "tf32" elsewhere."""
+    """Return the arithmetic class of a dtype: "16bit", or for fp32 "ieee" or "tf32", as torch's own CUDA matmuls
+    (torch.set_float32_matmul_precision: "highest" is IEEE; or the newer fp32_precision settings)."""
     if dtype != torch.float32:
         return "16bit"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def select(kernel: str, like: torch.Tensor, rows: int, cols: int, aligned: bool) -> Config:
@@ -128,10 +129,13 @@ def select(kernel: str, like: torch.Tensor, rows: int, cols: int, aligned: bool)
     The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
     for three quarters of the processors; else the last. Operands that are not `aligned` take ODD_STRIDES.
     """
-    arithmetic = arithmetic_of(like.dtype)
+    return _select(kernel, arch_of(like.device), arithmetic_of(like.dtype), rows, cols, aligned)
+
+
+@lru_cache(maxsize=4096)
+def _select(kernel: str, arch: str, arithmetic: str, rows: int, cols: int, aligned: bool) -> Config:
     if not aligned:
         return ODD_STRIDES[arithmetic]
-    arch = arch_of(like.device)
     table = TABLES[arch][kernel, arithmetic]
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M

@@ -58,26 +58,30 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_with_derivative(z, ACTIVATION: tl.constexpr):
-    """Return (act(z), act'(z)); the two share their transcendental part."""
+    """Return (act(z), act'(z)); the two share their transcendental part.
+
+    Explicit fma: left to the compiler, which products fuse depends on whether the caller also stores act, and so would
+    the bits of the derivative.
+    """
     if ACTIVATION == "gelu":
         cdf = _normal_cdf(z)
         act = z * cdf
         # φ(z) through exp2: −z²/2 · log2(e)
-        d = cdf + z * 0.3989422804014327 * tl.exp2(z * z * -0.7213475204444817)
+        d = tl.fma(z * 0.3989422804014327, tl.exp2(z * z * -0.7213475204444817), cdf)
     elif ACTIVATION == "gelu_tanh":
         z2 = z * z
         gate = _tanh_gate(z)
         act = z * gate
-        d = gate + act * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * z2)
+        d = tl.fma(act * (1.0 - gate) * 1.5957691216057308, tl.fma(z2, 0.134145, 1.0), gate)
     elif ACTIVATION == "silu":
         gate = tl.sigmoid(z)
         act = z * gate
-        d = gate + act * (1.0 - gate)
+        d = tl.fma(act, 1.0 - gate, gate)
     else:
         act = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if ACTIVATION == "relu2":
             d = 2.0 * act
             act = act * act
         else:
-            d = tl.where(z > 0.0, 1.0, 0.0)
+            d = tl.where(z <= 0.0, 0.0, 1.0)
     return act, d

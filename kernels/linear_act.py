@@ -8,7 +8,7 @@
 
 fp32 accumulation; bias and activation are applied to the fp32 accumulator; one rounding per stored tensor.
 
-Source: epilogue fusion as in CUTLASS's "linear combination + activation" epilogues; measured reasons in README.
+Source: epilogue fusion as in CUTLASS's "linear combination + activation" epilogues.
 """
 
 import torch
@@ -127,6 +127,6 @@ def linear_act(
             operands[0], operands[1], x if bias is None else bias, operands[2], operands[3],
             M, N, K, x.stride(0), weight.stride(0),
             ACTIVATION=activation, HAS_BIAS=bias is not None, SAVE_PRE_ACT=save_pre_act,
-            PRECISION=_launch.precision(x.dtype), **config.meta(),
+            PRECISION=_launch.precision(x.dtype), **config.meta,
         )  # fmt: skip
     return act, pre_act

@@ -141,7 +141,7 @@ def linear_dact(
         linear_dact_kernel[_launch.grid(config, M, N)](
             *operands, db_partial, M, N, K, dy.stride(0), weight.stride(0),
             ACTIVATION=activation, STORE_ACT=need_act, STORE_DB=need_db,
-            PRECISION=_launch.precision(dy.dtype), **config.meta(),
+            PRECISION=_launch.precision(dy.dtype), **config.meta,
         )  # fmt: skip
     db = column_sum(db_partial, dy.dtype) if need_db else dy.new_empty((0,))
     return d_pre, act, db

@@ -125,7 +125,7 @@ def _matmul(name, a, b, bias, trans_b, config):
         matmul_kernel[_launch.grid(config, M, N)](
             operands[0], operands[1], a if bias is None else bias, operands[2],
             M, N, K, a.stride(0), b.stride(0), TRANS_B=trans_b, HAS_BIAS=bias is not None,
-            PRECISION=_launch.precision(a.dtype), **config.meta(),
+            PRECISION=_launch.precision(a.dtype), **config.meta,
         )  # fmt: skip
     return out
 
@@ -171,6 +171,6 @@ def wgrad(dy: torch.Tensor, x: torch.Tensor, config: _configs.Config | None = No
     with _launch.on_device(dy):
         wgrad_kernel[_launch.grid(config, N, K)](
             *operands, M, N, K, dy.stride(0), x.stride(0),
-            PRECISION=_launch.precision(dy.dtype), **config.meta(),
+            PRECISION=_launch.precision(dy.dtype), **config.meta,
         )  # fmt: skip
     return dw

@@ -85,6 +85,8 @@ def plan(results: Path, budget: float) -> list[Step]:
     tests = [*pytest, "-n", "8", "--dist", "worksteal", "--timeout", "120", "--timeout-method", "thread"]
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1"]
+    # Libraries probe with calls that may fail, and handle it; only bad memory accesses count here.
+    memcheck += ["--report-api-errors", "no"]
     return [
         Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 230 * share, ("tests.xml",)),
         Step(

@@ -99,7 +99,7 @@ def compile_variant(arch, kernel, config: Config, arithmetic, dtype, activation,
     """Compile one variant for `arch`; return the compiled kernel."""
     function, _, constants = SPECS[kernel]
     types, divisible = signature(kernel, config, dtype)
-    values = config.meta() | constants | FLAGS.get(kernel, {})
+    values = config.meta | constants | FLAGS.get(kernel, {})
     values |= {"PRECISION": "ieee" if arithmetic == "ieee" else "tf32", "ACTIVATION": activation}
     source = ASTSource(
         fn=function,

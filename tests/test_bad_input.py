@@ -67,6 +67,7 @@ def test_module_rejects(args, kwargs, error, message):
     ("fc1", "fc2", "error", "message"),
     [
         (nn.Identity(), nn.Linear(4, 2), TypeError, "fc1 must be nn.Linear, got Identity"),
+        (nn.Linear(2, 4), nn.Linear(4, 2).double(), TypeError, "fc1 torch.float32, fc2 torch.float64"),
         (nn.Linear(2, 4), nn.Linear(4, 3), ValueError, "fc1 2 → 4, fc2 4 → 3"),
         (nn.Linear(2, 4), nn.Linear(4, 2, bias=False), ValueError, "fc1.bias True, fc2.bias False"),
     ],

@@ -1,5 +1,6 @@
 """P ranks over gloo (NCCL where there are GPUs) equal the unsharded reference: forward and every gradient."""
 
+import copy
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
 from launches import count_launches
 from rank_pool import Ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 import tpffn_triton as tp
@@ -272,9 +273,59 @@ def test_one_wrong_rank_leaves_nobody_hanging(fault, own, others, ranks_of):
         assert re.search(expected, message), message
 
 
+def wrong_twice_and_later(rank, world_size):
+    """Two failed first calls, a good one, then a first call with another layer that is wrong on rank 1 again."""
+    use("native")
+    group = dist.new_group(list(range(world_size)))
+    seen = []
+    for hidden_size, wrong in ((32, True), (32, True), (32, False), (16, True)):
+        problem = draw((4,), hidden_size, 48)
+        w1, b1, w2, b2 = shards(problem, rank, world_size)
+        x = problem.x[..., 1:] if wrong and rank == 1 else problem.x
+        try:
+            tp.ffn(x, w1, w2, b1, b2, tp_group=group)
+            seen.append("computed")
+        except ValueError as error:
+            seen.append("itself" if str(error).startswith("x must be") else str(error).split(" rank")[0])
+    return seen
+
+
+@pytest.mark.cpu_only
+def test_a_wrong_rank_is_noticed_again_and_for_every_layer(ranks_of):
+    good, wrong = ranks_of(2).run(wrong_twice_and_later, timeout=30)
+    assert good == ["another", "another", "computed", "another"]
+    assert wrong == ["itself", "itself", "computed", "itself"]
+
+
+def sub_mesh_and_copies(rank, world_size):
+    """mesh["tp"] of a 2 × 2 mesh; a deep copy shares the group; compiled equals eager."""
+    use("native")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    layer = tp.TensorParallelFFN(16, 24, tp_group=mesh["tp"])
+    torch.manual_seed(0)
+    dense = tp.TensorParallelFFN(16, 24)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(rank // 2))
+    torch.testing.assert_close(layer(x), dense(x))
+    twin = copy.deepcopy(layer)
+    assert twin.tp_group is layer.tp_group
+    assert twin.linear_fc1.weight is not layer.linear_fc1.weight
+    assert torch.equal(twin(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    with pytest.raises(ValueError, match="not contiguous"):
+        collectives.start_all_reduce(torch.ones(4, 4).t()[1:], layer.tp_group)
+
+
+@pytest.mark.cpu_only
+def test_sub_mesh_deep_copy_and_compile(ranks_of):
+    ranks_of(4).run(sub_mesh_and_copies)
+
+
 def wrong_groups(rank, world_size):
     use("native")
     pair = dist.new_group([0, 1])
+    mesh_of_two = DeviceMesh("cpu", [0, 1])
     with pytest.raises(ValueError, match="not divisible by the tensor-parallel world_size 4"):
         tp.TensorParallelFFN(8, 18, tp_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="must be a 1-D DeviceMesh, got 2 dims"):
@@ -282,6 +333,8 @@ def wrong_groups(rank, world_size):
     if rank > 1:
         with pytest.raises(ValueError, match=rf"does not contain this process \(global rank {rank}\)"):
             tp.TensorParallelFFN(8, 16, tp_group=pair)
+        with pytest.raises(ValueError, match=rf"does not contain this process \(global rank {rank}\)"):
+            tp.TensorParallelFFN(8, 16, tp_group=mesh_of_two)
     smaller = tp.TensorParallelFFN(8, 16, tp_group=pair if rank < 2 else None)
     with pytest.raises(RuntimeError, match=r"size mismatch for linear_fc1\.weight"):
         tp.TensorParallelFFN(8, 16, tp_group=dist.group.WORLD).load_state_dict(smaller.state_dict())

@@ -249,20 +249,49 @@ def test_fp64_on_the_native_path(monkeypatch):
     assert torch.autograd.gradcheck(lambda *t: tp.ffn(*t, activation="gelu_tanh"), leaves)
 
 
+@pytest.mark.usefixtures("implementation")
+def test_compiled_whole_at_any_number_of_tokens(device):
+    """torch.compile(fullgraph=True), the second size included: dynamo then traces symbolic shapes."""
+    compiled = torch.compile(tp.ffn, fullgraph=True, backend="aot_eager")
+    for tokens in (6, 9, 17):
+        problem = draw((tokens,), 32, 48, device=device)
+        for mine, right in zip(results(compiled, problem.leaves(), problem.dy), ours(problem), strict=True):
+            assert torch.equal(mine, right)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_does_not_change_the_dtype_half_way(dtype):
+    problem = draw((6,), 32, 48, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ours(problem)
+    for mine, right in zip(inside, ours(problem), strict=True):
+        assert torch.equal(mine, right)
+
+
 @pytest.mark.gpu
 def test_cuda_graph_replays_bit_for_bit():
+    """Forward and backward in one graph."""
     problem = draw((256,), 256, 512, dtype=torch.bfloat16, device="cuda")
-    eager_y = tp.ffn(*problem.leaves())
+    right = ours(problem)
+    leaves = [t.requires_grad_() for t in problem.leaves()]
+
+    def step():
+        y = tp.ffn(*leaves)
+        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        tp.ffn(*problem.leaves())
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = tp.ffn(*problem.leaves())
+        captured = step()
     for _ in range(3):
-        y.zero_()
+        for t in captured:
+            t.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(y, eager_y)
+        assert all(torch.equal(a, b) for a, b in zip(captured, right, strict=True))

@@ -20,7 +20,8 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "native", "collectives", "reference", "plan_report"),
+    ("interpreter", "collectives", "reference", "plan_report"),
+    ("native",),
     ("backends", "agreement"),
     ("ops", "validation"),
     ("sharding", "functional", "plan"),

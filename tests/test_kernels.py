@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from acceptance import assert_accurate, assert_exact
 
 from tpffn_triton import interpreter
-from tpffn_triton.kernels import _configs
+from tpffn_triton.kernels import _configs, _launch
 from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config
 from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
 from tpffn_triton.kernels.column_sum import column_sum
@@ -156,7 +156,7 @@ def test_every_configuration_row(kernel, arithmetic, config, device):
     if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("TMA needs compute capability 9.0")
     dtype = torch.bfloat16 if arithmetic == "16bit" else torch.float32
-    shape = (config.BLOCK_M + 8, config.BLOCK_N + 16, 2 * config.BLOCK_K + 8)
+    shape = (config.BLOCK_M + 8, config.BLOCK_N + 16, 2 * config.BLOCK_K + 16)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
     try:
@@ -202,6 +202,57 @@ def test_missing_bias_and_padded_rows(dtype, device):
     assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
     dy = integers(33, 80, dtype=dtype, device=device, seed=2)[:, 8:48]
     assert_exact("wgrad", wgrad(dy, x), dy.double().t() @ x.double())
+
+
+def test_a_step_through_the_reduction_past_two_to_the_31(device):
+    """Tokens 2²⁶ elements apart: 32 of them, one step of the pointer path through wgrad's reduction, pass 32 bits."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of GPU memory")
+    stride, tokens = 2**26 + 8, 40
+    far = torch.empty((tokens - 1) * stride + 16, dtype=torch.bfloat16, device=device)
+    far = far.as_strided((tokens, 16), (stride, 1))
+    near = integers(tokens, 16, dtype=torch.bfloat16, device=device)
+    far.copy_(near)
+    assert_exact("wgrad", wgrad(far, near, TINY), near.double().t() @ near.double())
+    assert_exact("wgrad", wgrad(near, far, TINY), near.double().t() @ near.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_tma_cannot_address(dtype, device):
+    """A base that is not 16-byte aligned, and rows that overlap, go to the pointer kernels."""
+    wide, weight = integers(40, 96, dtype=dtype, device=device), integers(24, 64, dtype=dtype, device=device)
+    odd_base, same_row = wide[:, 1:65], wide[:1, :64].expand(40, 64)
+    assert not _launch.aligned(odd_base)
+    assert not _launch.aligned(same_row)
+    assert _launch.aligned(wide[:, 8:72])
+    for x in (odd_base, same_row):
+        assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
+        assert_exact("wgrad", wgrad(x, x), x.double().t() @ x.double())
+
+
+@pytest.mark.multi_gpu
+def test_launches_follow_their_tensors_device():
+    """Tensors on a GPU that is not the current one."""
+    torch.cuda.set_device(0)
+    x, weight = (integers(*s, dtype=torch.bfloat16, device="cuda:1") for s in ((40, 64), (24, 64)))
+    assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_fp32_precision_follows_torch(setting):
+    """By set_float32_matmul_precision and by the newer fp32_precision."""
+    before = torch.get_float32_matmul_precision()
+    expected = "ieee" if setting == "highest" else "tf32"
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert _configs.arithmetic_of(torch.float32) == expected
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = expected
+        assert _configs.arithmetic_of(torch.float32) == expected
+        assert _configs.arithmetic_of(torch.bfloat16) == "16bit"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
 
 
 def test_offsets_past_two_to_the_31(device):
@@ -281,8 +332,7 @@ def test_rule_picks_rows_by_size():
         config = _configs.select("linear_act", like, rows, cols, aligned)
         return config.BLOCK_M, config.BLOCK_N
 
-    if _configs.arch_of(like.device) == "sm_90":
-        assert tile(16, 3584) == (64, 64)
-        assert tile(1024, 1024) == (128, 64)
-        assert tile(8192, 3584) == (128, 256)
-        assert _configs.select("linear_act", like, 8192, 3584, False) is ODD_STRIDES["16bit"]
+    assert tile(16, 3584) == (64, 64)
+    assert tile(1024, 1024) == (128, 64)
+    assert tile(8192, 3584) == (128, 256)
+    assert _configs.select("linear_act", like, 8192, 3584, False) is ODD_STRIDES["16bit"]

@@ -21,8 +21,8 @@ MUTANTS = {
     ),
     "derivative of tanh gelu without its inner term": (
         "kernels/activations.py",
-        "(1.0 + 0.134145 * z2)",
-        "(1.0 + 0.044715 * z2)",
+        "tl.fma(z2, 0.134145, 1.0)",
+        "tl.fma(z2, 0.044715, 1.0)",
         "test_kernels.py -k test_linear_dact",
     ),
     "last bias column dropped": (
@@ -78,6 +78,18 @@ MUTANTS = {
         "mask=(offs_r[:, None] < R)",
         "mask=(offs_r[:, None] < R - 1)",
         "test_kernels.py -k column_sum",
+    ),
+    "alignment of the base ignored": (
+        "kernels/_launch.py",
+        "t.data_ptr() % 16 == 0",
+        "True",
+        "test_kernels.py -k tma_cannot_address",
+    ),
+    "rows that overlap sent to TMA": (
+        "kernels/_launch.py",
+        "and t.stride(0) >= t.shape[1]",
+        "",
+        "test_kernels.py -k tma_cannot_address",
     ),
     "b2 added by every rank": (
         "tpffn_triton/functional.py",

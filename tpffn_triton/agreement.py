@@ -2,50 +2,61 @@
 
 A rank whose arguments are wrong would otherwise raise alone and leave the others waiting, and ranks that disagree on
 shape or dtype would corrupt each other's data or abort the process. Each rank sends one kilobyte of text, once per
-group and layer shape; calls that look the same later cost a set look-up.
+group and kind of layer; a later call costs a look-up.
 """
 
 import weakref
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 MESSAGE_BYTES = 1024
-_agreed: "weakref.WeakKeyDictionary[dist.ProcessGroup, set]" = weakref.WeakKeyDictionary()
 
 
-def has_agreed(group: dist.ProcessGroup) -> bool:
-    """Say whether this group has agreed on anything yet."""
-    return group in _agreed
+class LayerKind(NamedTuple):
+    """What ranks agree on once: calls that differ in tokens alone are of one kind."""
+
+    w1_shape: torch.Size
+    options: Hashable
 
 
-def agree(
-    group: dist.ProcessGroup, device: torch.device, key: tuple, description: str, error: Exception | None = None
-) -> None:
-    """Exchange `description`, or this rank's `error`, with the group; returns at once where `key` was agreed on before.
+_agreed: "weakref.WeakKeyDictionary[dist.ProcessGroup, set[LayerKind]]" = weakref.WeakKeyDictionary()
 
-    device: where this rank computes; NCCL sends from there.
 
-    Collective on first use of a key. Raises: `error` itself on its own rank; ValueError on every other rank, naming
-    the ranks that rejected their arguments or listing what each rank asked for.
+def agree(group: dist.ProcessGroup, device: torch.device, kind: LayerKind, describe: Callable[[], str]) -> None:
+    """Exchange `describe()` with the group; returns at once where it has agreed on `kind` before.
+
+    device: where this rank computes; NCCL sends from there. Collective on the first use of a kind.
+
+    Raises: ValueError: another rank rejected its arguments, or ranks differ; says who, and what each asked for.
     """
-    keys = _agreed.setdefault(group, set())
-    if error is None and key in keys:
+    kinds = _agreed.setdefault(group, set())
+    if kind in kinds:
         return
-    texts = _all_gather_text(group, device, f"rejected: {error}" if error else description)
-    if error is not None:
-        raise error
+    texts = _all_gather_text(group, device, describe())
     rejected = [f"rank {rank} {text}" for rank, text in enumerate(texts) if text.startswith("rejected: ")]
     if rejected:
         raise ValueError("another rank of the tensor-parallel group could not start: " + "; ".join(rejected))
     if len(set(texts)) > 1:
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(texts))
         raise ValueError(f"ranks of the tensor-parallel group disagree:\n{lines}")
-    keys.add(key)
+    kinds.add(kind)
+
+
+def reject(group: dist.ProcessGroup, device: torch.device, w1_shape: torch.Size | None, error: Exception) -> None:
+    """Tell the group that this rank's arguments are wrong, if the others are about to compare theirs: on the first call
+    with this shape of w1 (None: w1 itself is wrong), when they wait for this rank's text. Later they no longer listen,
+    and a message would be taken for data."""
+    kinds = _agreed.get(group, set())
+    if not any(kind.w1_shape == w1_shape or w1_shape is None for kind in kinds):
+        _all_gather_text(group, device, f"rejected: {error}")
 
 
 def _all_gather_text(group: dist.ProcessGroup, device: torch.device, text: str) -> list[str]:
-    if dist.get_backend(group) != "nccl":
+    backend = dist.get_backend(group)
+    if "nccl" not in backend or "gloo" in backend:
         device = torch.device("cpu")
     elif device.type != "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

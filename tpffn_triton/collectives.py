@@ -35,6 +35,8 @@ def resolve_group(tp_group: "dist.ProcessGroup | DeviceMesh | None") -> "dist.Pr
     if isinstance(tp_group, DeviceMesh):
         if tp_group.ndim != 1:
             raise ValueError(f"tp_group must be a 1-D DeviceMesh, got {tp_group.ndim} dims: {tp_group}")
+        if tp_group.get_coordinate() is None:
+            raise ValueError(f"tp_group does not contain this process (global rank {dist.get_rank()}): {tp_group}")
         tp_group = tp_group.get_group()
     if tp_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"tp_group does not contain this process (global rank {dist.get_rank()})")
@@ -61,8 +63,13 @@ def _observed() -> contextlib.AbstractContextManager:
 
 
 def start_all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Begin to sum t over the group; returns the tensor to `wait` for. t is contiguous and consumed: outside of
-    torch.compile the sum lands in t itself."""
+    """Begin to sum t over the group; returns the tensor to `wait` for. t is consumed: outside of torch.compile the sum
+    lands in t itself.
+
+    Raises: ValueError: t is not contiguous (gloo would reduce other elements, silently).
+    """
+    if not t.is_contiguous():
+        raise ValueError(f"all-reduce of a tensor that is not contiguous: {tuple(t.shape)} with strides {t.stride()}")
     if torch.compiler.is_compiling():
         return torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name)
     with _observed():

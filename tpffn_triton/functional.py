@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpffn_triton import ops
-from tpffn_triton.agreement import agree, has_agreed
+from tpffn_triton.agreement import LayerKind, agree, reject
 from tpffn_triton.collectives import all_reduce, resolve_group, start_all_reduce, wait
 from tpffn_triton.validation import check_ffn_arguments, check_modes
 
@@ -52,7 +52,8 @@ def ffn(
     tp_group     None (no parallelism), a ProcessGroup or a 1-D DeviceMesh
     save         what backward keeps beside x: "pre_act", one [M, F/P] tensor, or "nothing", at one more GEMM
 
-    The group's first call with a new layer shape also compares the ranks' arguments (agreement.py).
+    Outside of torch.compile, the group's first call with a kind of layer (w1's shape, dtype, activation, b2, whether x
+    needs a gradient) also compares the ranks' arguments (agreement.py): make it before capturing a CUDA graph.
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
     """
@@ -61,15 +62,15 @@ def ffn(
         check_modes(activation, save, sequence_parallel)
         check_ffn_arguments(x, w1, w2, b1, b2)
     except (TypeError, ValueError) as error:
-        # The others are about to compare arguments: tell them. Later they no longer listen.
-        if group is not None and not has_agreed(group):
-            agree(group, x.device if isinstance(x, Tensor) else torch.get_default_device(), (), "", error)
+        if group is not None:
+            device, w1_shape = getattr(x, "device", torch.device("cpu")), getattr(w1, "shape", None)
+            reject(group, device, w1_shape, error)
         raise
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     if group is not None and not torch.compiler.is_compiling():
         dx_needed = differentiable and x.requires_grad
-        key = (w1.shape, x.dtype, x.device.type, activation, b2 is None, dx_needed)
-        agree(group, x.device, key, _description(x, w1, b2, activation, dx_needed))
+        kind = LayerKind(w1.shape, (x.dtype, x.device.type, activation, b2 is None, dx_needed))
+        agree(group, x.device, kind, lambda: _description(x, w1, b2, activation, dx_needed))
     if differentiable:
         return _FFN.apply(x, w1, w2, b1, b2, activation, save, group)
     w1, w2, b1, b2 = _dense(w1, w2, b1, b2)

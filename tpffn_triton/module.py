@@ -4,6 +4,7 @@ linear_fc1.weight [F/P, H]   linear_fc1.bias [F/P]     column-parallel
 linear_fc2.weight [H, F/P]   linear_fc2.bias [H]       row-parallel; the bias is replicated
 """
 
+import copy
 import math
 
 import torch
@@ -127,6 +128,8 @@ class TensorParallelFFN(nn.Module):
                 f"fc1 and fc2 must both have a bias or neither: fc1.bias {fc1.bias is not None}, "
                 f"fc2.bias {fc2.bias is not None}"
             )
+        if fc1.weight.dtype != fc2.weight.dtype:
+            raise TypeError(f"one dtype expected, got fc1 {fc1.weight.dtype}, fc2 {fc2.weight.dtype}")
         if (fc2.in_features, fc2.out_features) != (fc1.out_features, fc1.in_features):
             raise ValueError(
                 f"fc2 must lead back from fc1: fc1 {fc1.in_features} → {fc1.out_features}, "
@@ -165,6 +168,14 @@ class TensorParallelFFN(nn.Module):
             sequence_parallel=self.sequence_parallel,
             save=self.save,
         )
+
+    def __deepcopy__(self, memo: dict) -> "TensorParallelFFN":
+        """Copy everything but the process group, which the copies share."""
+        memo[id(self.tp_group)] = self.tp_group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def extra_repr(self) -> str:
         """Show the full sizes and the sharding."""

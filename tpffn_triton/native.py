@@ -17,13 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square_(),
-}
+from tpffn_triton.reference import ACTIVATIONS
+
+_ACTIVATE = ACTIVATIONS | {"relu2": lambda z: F.relu(z).square_()}
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda d, z: torch.ops.aten.gelu_backward(d, z),
     "gelu_tanh": lambda d, z: torch.ops.aten.gelu_backward(d, z, approximate="tanh"),

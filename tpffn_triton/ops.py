@@ -25,7 +25,12 @@ _library = torch.library.Library("tpffn", "DEF")
 
 def _register(name: str, schema: str, fake: Callable, flops: Callable | None) -> None:
     def run(*args):
-        return getattr(implementation(args[0].device), name)(*args)
+        function = getattr(implementation(args[0].device), name)
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args)
+        # Autocast would also reach into the native implementation and change its dtypes half-way.
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CPU")

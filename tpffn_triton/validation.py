@@ -40,8 +40,8 @@ def check_sizes(hidden_size: int, ffn_hidden_size: int, world_size: int) -> None
         )
 
 
-def _shape(t: Tensor | None) -> str:
-    return "None" if t is None else str(list(t.shape))
+def _shapes(given: dict[str, Tensor | None]) -> str:
+    return ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
 
 
 def check_shapes(x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
@@ -53,17 +53,15 @@ def check_shapes(x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2
     for name, t in given.items():
         if not isinstance(t, Tensor) and not (t is None and name in ("x", "b1", "b2")):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    shapes = ", ".join(f"{name} {_shape(t)}" for name, t in given.items())
     if w1.dim() != 2 or w2.dim() != 2 or 0 in w1.shape:
-        raise ValueError(f"expected w1 [F/P, H] and w2 [H, F/P] with H and F/P at least 1; got {shapes}")
+        raise ValueError(f"expected w1 [F/P, H] and w2 [H, F/P] with H and F/P at least 1; got {_shapes(given)}")
     F, H = w1.shape
     if x is not None and (x.dim() < 1 or x.shape[-1] != H):
-        raise ValueError(f"x must be [..., H={H}] beside w1 [F/P={F}, H={H}]; got {shapes}")
-    expected = {"w2": (H, F), "b1": (F,), "b2": (H,)}
-    for name, shape in expected.items():
+        raise ValueError(f"x must be [..., H={H}] beside w1 [F/P={F}, H={H}]; got {_shapes(given)}")
+    for name, shape in (("w2", (H, F)), ("b1", (F,)), ("b2", (H,))):
         t = given[name]
         if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} beside w1 [F/P={F}, H={H}]; got {shapes}")
+            raise ValueError(f"{name} must be {list(shape)} beside w1 [F/P={F}, H={H}]; got {_shapes(given)}")
 
 
 def check_ffn_arguments(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
