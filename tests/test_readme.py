@@ -14,9 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def run(*command, **kwargs) -> str:
+# A rank may abort with this while its interpreter shuts down, its work done: about once in a hundred runs over gloo, cause
+# unknown. It is tried again once, so that a real failure, which comes again, still fails.
+ABORT_AT_EXIT = "terminate called without an active exception"
+
+
+def run(*command) -> str:
+    """Run a command in the checkout with compiled kernels; return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **kwargs)
+    for _ in range(2):
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        if ABORT_AT_EXIT not in result.stderr:
+            break
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -27,8 +36,8 @@ def test_example_runs_as_written(tmp_path):
     example = tmp_path / "example.py"
     example.write_text(code)
     output = run(sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher.split(), str(example))
-    for rank in range(4):
-        assert f"{rank} torch.Size([8, 128, 1024]) torch.Size([1024, 1024])" in output
+    # The ranks share a pipe and may write into each other's lines.
+    assert output.count("torch.Size([8, 128, 1024])") == output.count("torch.Size([1024, 1024])") == 4
 
 
 def test_plan_command_gives_the_numbers_in_the_text():
