@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-# A rank may abort with this while its interpreter shuts down, its work done: about once in a hundred runs over gloo, cause
-# unknown. It is tried again once, so that a real failure, which comes again, still fails.
+# A rank may abort with this while its interpreter shuts down, its work done: about once in a hundred runs over gloo,
+# cause unknown. It is tried again once, so that a real failure, which comes again, still fails.
 ABORT_AT_EXIT = "terminate called without an active exception"
 
 
