@@ -98,7 +98,7 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     ),
 }
 # For operands whose base or row stride is no multiple of 16 bytes: larger tiles spill on their element-wise loads.
-ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(64, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
+ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
 # Streaming multiprocessors (compute units) that a grid should fill.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 

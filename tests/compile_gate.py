@@ -57,15 +57,16 @@ FLAGS = {
 
 
 def variants(arch: str, kernel: str, all_activations: bool):
-    """Yield (config, arithmetic, dtype, activation, aligned): every row with the heaviest activation in bf16, the
-    first row with every activation and in fp16, the row for odd strides; all_activations: everything."""
+    """Yield (config, arithmetic, dtype, activation, aligned): every row with erf, the heaviest activation, in bf16 or
+    fp32; the first row and the row for odd strides with every activation; the first in fp16; all_activations: all."""
     activations = PLAIN_ACTIVATIONS if kernel in FLAGS else (None,)
     for arithmetic, dtype in (("16bit", "bf16"), ("16bit", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
         rows = [(config, True) for config in TABLES[arch][kernel, arithmetic]] + [(ODD_STRIDES[arithmetic], False)]
         for index, (config, aligned) in enumerate(rows):
             for activation in activations:
                 heaviest = activation == activations[0]
-                if all_activations or (heaviest and dtype != "fp16") or (index == 0 and (heaviest or dtype == "bf16")):
+                extremes = index == 0 or not aligned
+                if all_activations or (dtype != "fp16" and (heaviest or extremes)) or (index == 0 and heaviest):
                     yield config, arithmetic, dtype, activation, aligned
 
 
