@@ -297,6 +297,27 @@ def test_a_wrong_rank_is_noticed_again_and_for_every_layer(ranks_of):
     assert wrong == ["itself", "itself", "computed", "itself"]
 
 
+def wrong_while_compiling(rank, world_size):
+    """A compiled call compares nothing, so a rank that rejects its arguments must not send either."""
+    use("native")
+    sent = []
+    originals = functional.reject, torch.compiler.is_compiling
+    functional.reject, torch.compiler.is_compiling = lambda *args: sent.append(args), lambda: True
+    try:
+        problem = draw((4,), 32, 48)
+        w1, b1, w2, b2 = shards(problem, rank, world_size)
+        with pytest.raises(ValueError, match="x must be"):
+            tp.ffn(problem.x[..., 1:], w1, w2, b1, b2, tp_group=dist.group.WORLD)
+    finally:
+        functional.reject, torch.compiler.is_compiling = originals
+    assert not sent
+
+
+@pytest.mark.cpu_only
+def test_a_compiled_call_with_wrong_arguments_sends_nothing(ranks_of):
+    ranks_of(2).run(wrong_while_compiling)
+
+
 def sub_mesh_and_copies(rank, world_size):
     """mesh["tp"] of a 2 × 2 mesh; a deep copy shares the group; compiled equals eager."""
     use("native")

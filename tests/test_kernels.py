@@ -241,7 +241,7 @@ def test_launches_follow_their_tensors_device():
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
 def test_fp32_precision_follows_torch(setting):
     """By set_float32_matmul_precision and by the newer fp32_precision."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
     expected = "ieee" if setting == "highest" else "tf32"
     try:
         torch.set_float32_matmul_precision(setting)
@@ -251,8 +251,8 @@ def test_fp32_precision_follows_torch(setting):
         assert _configs.arithmetic_of(torch.float32) == expected
         assert _configs.arithmetic_of(torch.bfloat16) == "16bit"
     finally:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.matmul.fp32_precision = before[1]
 
 
 def test_offsets_past_two_to_the_31(device):

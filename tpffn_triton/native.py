@@ -4,7 +4,7 @@ Where Linear1's pre-activation need not be kept, oneDNN (`mkldnn._linear_pointwi
 the GEMM's output, in fp32 and bf16. That op takes neither fp16 nor fp64 and records no gradient, so it appears here
 alone, behind our own autograd function. The other fp32 GEMMs go to oneDNN too, except on an Intel CPU, where MKL is as
 fast and its error smaller. Measured in fp32, 1024³ on one core of an Intel Xeon: oneDNN takes 0.97× MKL's time for
-x @ w.T, 1.08× for dy @ w, 1.28× for dy.T @ x; on AMD, MKL is up to twice as slow.
+x @ w.T, 1.08× for dy @ w, 1.28× for dy.T @ x. On AMD CPUs MKL is reported to be up to twice as slow.
 
 Shapes, dtypes and results: kernels/linear_act.py, linear_dact.py, matmul.py and column_sum.py. fp64 works here too.
 """
