@@ -9,10 +9,8 @@
 On a CPU `fused` computes some or all GEMMs through oneDNN (tpffn_triton/native.py), F.linear through whatever torch
 was built with: what `fused` gains over the better of the two baselines is fusion and overlap, the rest is oneDNN's.
 
-Around the unfused steps stand Megatron-LM's f and g. Both sum in place, so that no copy slows the baseline:
-    enter   forward: identity                backward: all-reduce of dx
-    leave   forward: all-reduce of y         backward: identity         b2 is added after it, on every rank
-Without a group b2 goes into the second F.linear.
+Around the unfused steps stand Megatron-LM's f and g (tpffn_triton/collectives.py). Both sum in place, so that no copy
+slows the baseline; b2 is added after the sum, on every rank. Without a group it goes into the second F.linear.
 """
 
 from collections.abc import Callable
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpffn_triton import ffn
-from tpffn_triton.collectives import all_reduce
+from tpffn_triton.collectives import copy_to_tp_region, reduce_from_tp_region
 from tpffn_triton.reference import ACTIVATIONS
 
 Group = dist.ProcessGroup | None
@@ -50,27 +48,6 @@ class Implementation:
     def runs(self, device_type: str, dtype: str) -> bool:
         """Say whether it exists for this device type and dtype."""
         return device_type in self.device_types and dtype in self.dtypes
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dx.contiguous(), ctx.group), None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial_y: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(partial_y.detach(), group)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy, None
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -100,8 +77,8 @@ def _unfused(linear: Linear) -> Callable[[str], Forward]:
         def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
             if group is None:
                 return linear(activate(linear(x, w1, b1)), w2, b2)
-            hidden = activate(linear(_Enter.apply(x, group), w1, b1))
-            return _Leave.apply(linear(hidden, w2, None), group) + b2
+            hidden = activate(linear(copy_to_tp_region(x, group, consume=True), w1, b1))
+            return reduce_from_tp_region(linear(hidden, w2, None), group, consume=True) + b2
 
         return forward
 

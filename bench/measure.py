@@ -22,6 +22,7 @@ from typing import Any
 
 import environment
 import memory
+import numpy as np
 import timing
 import torch
 import workloads
@@ -166,7 +167,7 @@ def _time_mode(
     rows: list[dict[str, Any]] = []
     for name, step in steps.items():
         t = times[name]
-        p20, p50, p80 = timing.quantiles(t.ms)
+        p20, p50, p80 = np.quantile(t.ms, (0.2, 0.5, 0.8)).tolist()
         # Unknown where a part of the communication is missing, or hidden inside a graph.
         split = not settings.one_shard and not (settings.graph and rank.group is not None)
         comm_ms = statistics.median(t.comm_ms) if split else None

@@ -103,19 +103,6 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
     return [*items[by:], *items[:by]]
 
 
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the 20th, 50th and 80th percentile, interpolated between neighbours."""
-    ordered = sorted(values)
-
-    def at(fraction: float) -> float:
-        place = fraction * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return at(0.2), at(0.5), at(0.8)
-
-
 @dataclass
 class Times:
     """One implementation's rounds; see the module docstring."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -61,11 +60,6 @@ def test_problem_is_the_same_every_time_and_on_every_rank() -> None:
     assert all(torch.equal(t, second.leaves()[name]) for name, t in first.leaves().items())
     assert first.w1.dtype == torch.bfloat16
     assert first.w1.abs().max() <= 64**-0.5
-
-
-def test_quantiles_are_numpys() -> None:
-    for values in ([3.0], [2.0, 1.0], [5.0, 1.0, 4.0, 2.0, 9.0, 2.5, 7.0]):
-        assert timing.quantiles(values) == pytest.approx(np.quantile(values, [0.2, 0.5, 0.8]))
 
 
 class FakeClock:

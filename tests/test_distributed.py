@@ -343,6 +343,28 @@ def test_sub_mesh_deep_copy_and_compile(ranks_of):
     ranks_of(4).run(sub_mesh_and_copies)
 
 
+def regions_sum(rank, world_size):
+    """Both regions sum over ranks, also what is not contiguous; only consume=True writes into what it was given."""
+    group = dist.group.WORLD
+    mine = torch.arange(6.0).view(2, 3) * (rank + 1)
+    total = torch.arange(6.0).view(2, 3) * sum(range(1, world_size + 1))
+    for consume in (False, True):
+        for make in (torch.clone, lambda t: t.t().contiguous().t()):
+            partial, dx = make(mine), make(mine)
+            assert torch.equal(collectives.reduce_from_tp_region(partial, group, consume=consume), total)
+            x = torch.zeros(2, 3, requires_grad=True)
+            collectives.copy_to_tp_region(x, group, consume=consume).backward(dx)
+            assert torch.equal(x.grad, total)
+            written = total if consume and mine.stride() == partial.stride() else mine
+            assert torch.equal(partial, written)
+            assert torch.equal(dx, written)
+
+
+@pytest.mark.cpu_only
+def test_regions_sum_and_spare_what_they_were_given_unless_told(ranks_of):
+    ranks_of(2).run(regions_sum)
+
+
 def wrong_groups(rank, world_size):
     use("native")
     pair = dist.new_group([0, 1])

@@ -87,32 +87,43 @@ def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     return wait(start_all_reduce(t, group))
 
 
+def _sum_of(t: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
+    t = t.detach()
+    return all_reduce(t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format), group)
+
+
 class _CopyToRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
+        ctx.group, ctx.consume = group, consume
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dx.clone(memory_format=torch.contiguous_format), ctx.group), None
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_of(dx, ctx.group, ctx.consume), None, None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(partial.clone(memory_format=torch.contiguous_format), group)
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
+        return _sum_of(partial, group, consume)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy, None, None
 
 
-def copy_to_tp_region(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Enter the parallel region: forward identity, backward all-reduce of dx. Identity without a group."""
-    return x if group is None else _CopyToRegion.apply(x, group)
+def copy_to_tp_region(x: Tensor, group: "dist.ProcessGroup | None", *, consume: bool = False) -> Tensor:
+    """Enter the parallel region: forward identity, backward all-reduce of dx. Identity without a group.
+
+    consume: sum into dx itself, sparing a copy; right only where nothing else reads dx.
+    """
+    return x if group is None else _CopyToRegion.apply(x, group, consume)
 
 
-def reduce_from_tp_region(partial: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Leave the parallel region: forward all-reduce of partial sums, backward identity. Identity without a group."""
-    return partial if group is None else _ReduceFromRegion.apply(partial, group)
+def reduce_from_tp_region(partial: Tensor, group: "dist.ProcessGroup | None", *, consume: bool = False) -> Tensor:
+    """Leave the parallel region: forward all-reduce of partial sums, backward identity. Identity without a group.
+
+    consume: sum into `partial` itself, sparing a copy; right only where nothing else reads it, backward included.
+    """
+    return partial if group is None else _ReduceFromRegion.apply(partial, group, consume)
