@@ -17,18 +17,21 @@ STAMP := $(VENV)/.ready-$(KEY)
 TRITON_36 := .cache/triton-3.6.0
 TRITON_36_STAMP := $(TRITON_36)/.ready-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: help test bench lint gpu
+.PHONY: help test mutants bench lint gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) JOBS=$(JOBS)"
-	@echo "           PYTEST_FLAGS, BENCH_FLAGS, GPU_FLAGS, RESULTS"
+	@echo "           PYTEST_FLAGS, MUTANTS_FLAGS, BENCH_FLAGS, GPU_FLAGS, RESULTS"
 
 test: lint $(STAMP) $(TRITON_36_STAMP) ## lint, then run every test that needs no GPU (PYTEST_FLAGS="tests/test_plan.py -x")
 	@# worksteal: neighbours stay on one worker and share its fixtures until a worker runs dry
 	TPFFN_TRITON_36=$(CURDIR)/$(TRITON_36) $(RUN) pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+mutants: $(STAMP) $(TRITON_36_STAMP) ## make mistakes in a copy of the sources: the tests must notice each (MUTANTS_FLAGS="--only gate")
+	$(VENV)/bin/python tests/mutants.py --jobs $(JOBS) $(MUTANTS_FLAGS)
 
 bench: $(STAMP) ## compare with eager PyTorch on this machine (BENCH_FLAGS="--tp 4 --quick")
 	$(VENV)/bin/python bench/ffn_bench.py $(BENCH_FLAGS)

@@ -25,7 +25,7 @@ from measure import Settings, measure
 from plot import plot
 from workloads import DTYPES, MODES, SHAPES, Shape
 
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS
 
 DESCRIPTION = """\
 Time the tensor-parallel FFN, forward and forward+backward, against three separate torch operations.
@@ -63,7 +63,7 @@ examples:
   python bench/ffn_bench.py --quick                          the same in seconds, with three rounds
   python bench/ffn_bench.py --mode fwd_bwd --json out.json --csv out.csv --plot out.png
   python bench/ffn_bench.py --shapes analysed,decode,medium,large --dtype bf16 --graph      on a GPU
-  python bench/ffn_bench.py --batch 4 --seq 512 --hidden 2048 --ffn 8192 --tp 2 --activation silu
+  python bench/ffn_bench.py --batch 4 --seq 512 --hidden 2048 --ffn 8192 --tp 2 --activation swiglu
   torchrun --nproc-per-node 4 bench/ffn_bench.py --tp 4
 """
 SIZES = ("batch", "seq", "hidden", "ffn")
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help=f"of {', '.join(DTYPES)} (default: fp32 on CPU, bf16 on CUDA); tf32: fp32 tensors, TF32 GEMMs, CUDA only",
     )
-    what.add_argument("--activation", choices=PLAIN_ACTIVATIONS, default="gelu", help="default: %(default)s (erf)")
+    what.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="default: %(default)s (erf)")
     what.add_argument("--mode", choices=MODES, help="forward alone, or forward and backward (default: both)")
     what.add_argument("--impl", default="all", metavar="NAME,...", help="default: all that exist here")
     how = parser.add_argument_group("how")

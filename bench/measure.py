@@ -101,7 +101,7 @@ def _measure_problem(
     rank: Rank, settings: Settings, shape: Shape, dtype: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
     rank.say(f"{shape.name} {dtype}: computing the fp64 reference")
-    full = workloads.draw(shape, dtype, rank.device)
+    full = workloads.draw(shape, dtype, settings.activation, rank.device)
     own = workloads.shard(full, rank.rank, shape.tp if settings.one_shard else rank.world_size, settings.activation)
     most = "fwd_bwd" if "fwd_bwd" in settings.modes else "fwd"
     if settings.one_shard:
@@ -172,7 +172,8 @@ def _time_mode(
         split = not settings.one_shard and not (settings.graph and rank.group is not None)
         comm_ms = statistics.median(t.comm_ms) if split else None
         eager = Step(step.forward, step.problem, step.group, step.mode)
-        floor = environment.floor_ms(environment.device_name(rank.device), dtype, shape.pass_floors(mode, dtype))
+        passes = shape.pass_floors(mode, dtype, settings.activation)
+        floor = environment.floor_ms(environment.device_name(rank.device), dtype, passes)
         rows.append(
             {
                 "impl": name,
@@ -194,7 +195,7 @@ def _time_mode(
                 "comm_ms_least": statistics.median(t.comm_ms_least) if split else None,
                 "compute_ms": p50 if settings.one_shard else None if comm_ms is None else p50 - comm_ms,
                 "communication_included": not settings.one_shard,
-                "tflops": shape.flops(mode) / p50 / 1e9,
+                "tflops": shape.flops(mode, settings.activation) / p50 / 1e9,
                 "roofline_pct": None if floor is None else 100 * floor / p50,
                 "speedup_vs_unfused": None,
                 "speedup_vs_unfused_onednn": None,

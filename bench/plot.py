@@ -62,7 +62,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
     where = f"P={first['tp']}" if first["communication_included"] else f"one shard of P={first['tp']}, no communication"
     mode = {"fwd": "forward", "fwd_bwd": "forward + backward"}[first["mode"]]
     axis.set_title(
-        f"{first['shape']}, {first['dtype']}, {mode}\n"
+        f"{first['shape']}, {first['activation']}, {first['dtype']}, {mode}\n"
         f"B={first['batch']} S={first['seq']} H={first['hidden']} F={first['ffn']}, {where}",
         fontsize=10,
     )

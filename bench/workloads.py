@@ -1,7 +1,7 @@
 """Define what is computed: named shapes, a seeded random problem for each, its fp64 reference, a rank's part.
 
     x, dy   [B, S, H]   drawn from N(0, 1); replicated
-    w1, b1  [F, H], [F] drawn from U(±1/√H)           a rank holds [F/P, H], [F/P]
+    w1, b1  [F, H], [F] drawn from U(±1/√H)           a rank holds [F/P, H], [F/P]; gated: 2F rows, 2F/P
     w2, b2  [H, F], [H] drawn from U(±1/√F)           a rank holds [H, F/P], [H]
 
 All are rounded to the benchmark's dtype before the reference widens them to fp64, so that an error is the
@@ -14,6 +14,7 @@ import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
+from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
 from tpffn_triton.plan import plan_ffn
 from tpffn_triton.reference import ffn_reference
 from tpffn_triton.sharding import shard_ffn
@@ -23,7 +24,11 @@ MODES = ("fwd", "fwd_bwd")
 # tf32: fp32 tensors whose GEMMs may use TF32 tensor cores.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED = 20_240_229
-_PASS_TENSORS = {"fwd": "x w1 b1 w2 b2 y", "bwd": "x w1 w2 dy dx dw1 db1 dw2 db2"}
+# What a pass must read and write: its inputs and its results.
+_PASS_TENSORS = {
+    "forward": ("x", "w1", "b1", "w2", "b2", "y"),
+    "backward": ("x", "w1", "w2", "dy", "dx", "dw1", "db1", "dw2", "db2"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,16 @@ class Shape:
         """M."""
         return self.batch * self.seq
 
-    def flops(self, mode: str) -> int:
-        """FLOPs of one rank's GEMMs, 2·M·H·F/P each: 2 forward, 4 backward; nothing element-wise counts."""
-        gemms = 2 if mode == "fwd" else 6
-        return gemms * 2 * self.tokens * self.hidden * self.ffn // self.tp
+    def flops(self, mode: str, activation: str) -> int:
+        """FLOPs of one rank's GEMMs (plan.py counts them); nothing element-wise counts."""
+        return sum(flops for flops, _ in self.pass_floors(mode, "fp32", activation))
 
-    def pass_floors(self, mode: str, dtype: str) -> list[tuple[int, int]]:
+    def pass_floors(self, mode: str, dtype: str, activation: str) -> list[tuple[int, int]]:
         """(FLOPs, bytes) of each pass on one rank; it reads its inputs once and writes its results once."""
-        plan = plan_ffn(
-            self.batch, self.seq, self.hidden, self.ffn, self.tp, dtype="fp32" if dtype == "tf32" else dtype
-        )
-        size = {t.name: t.bytes for t in plan.tensors}
-        moved = {name: sum(size[t] for t in tensors.split()) for name, tensors in _PASS_TENSORS.items()}
-        forward = self.flops("fwd")
-        floors = [(forward, moved["fwd"])]
-        return floors if mode == "fwd" else [*floors, (2 * forward, moved["bwd"])]
+        sizes = (self.batch, self.seq, self.hidden, self.ffn, self.tp)
+        plan = plan_ffn(*sizes, dtype="fp32" if dtype == "tf32" else dtype, activation=activation)
+        passes = ("forward",) if mode == "fwd" else ("forward", "backward")
+        return [(plan.totals[f"flops_{pass_}"], plan.bytes_of(_PASS_TENSORS[pass_])) for pass_ in passes]
 
 
 SHAPES = {
@@ -94,7 +94,7 @@ class Problem:
         return {"x": self.x, "w1": self.w1, "b1": self.b1, "w2": self.w2, "b2": self.b2}
 
 
-def draw(shape: Shape, dtype: str, device: torch.device) -> Problem:
+def draw(shape: Shape, dtype: str, activation: str, device: torch.device) -> Problem:
     """Return the full problem; the same numbers in every process with this device type."""
     generator = torch.Generator(device).manual_seed(SEED)
     tokens = (shape.batch, shape.seq, shape.hidden)
@@ -107,11 +107,12 @@ def draw(shape: Shape, dtype: str, device: torch.device) -> Problem:
         return unit.mul_(2).sub_(1).mul_(fan_in**-0.5).to(DTYPES[dtype])
 
     h, f = shape.hidden, shape.ffn
+    width = 2 * f if activation in GATED_ACTIVATIONS else f
     return Problem(
         x=normal(*tokens),
         dy=normal(*tokens),
-        w1=uniform(h, f, h),
-        b1=uniform(h, f),
+        w1=uniform(h, width, h),
+        b1=uniform(h, width),
         w2=uniform(f, h, f),
         b2=uniform(f, h),
     )

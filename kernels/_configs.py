@@ -35,6 +35,11 @@ class Config:
     GROUP_M: int = 8
     origin: str = "compiles"
 
+    @property
+    def STORED_N(self) -> int:
+        """Columns of a tile that the epilogue loads and stores at once."""
+        return self.BLOCK_N // 2 if self.SPLIT_EPILOGUE else self.BLOCK_N
+
     @cached_property
     def meta(self) -> dict:
         """The keyword arguments of a launch."""
@@ -49,13 +54,14 @@ def _ptr(m, n, k, warps, stages, split=False):
     return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
 
 
-KERNELS = ("linear_act", "linear_dact", "linear", "dgrad", "wgrad")
+KERNELS = ("linear_act", "linear_dact", "gated_linear_act", "gated_linear_dact", "linear", "dgrad", "wgrad")
 _PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
 
 
-def _table(linear_act, linear_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
+def _table(linear_act, linear_dact, gated_act, gated_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
     ieee = (_ptr(64, 64, 32, 8, 3), _ptr(32, 32, 32, 4, 3))
     sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
+    sixteen_bit |= {"gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
     rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS}
     return rows | {(kernel, "ieee"): ieee for kernel in KERNELS}
@@ -64,7 +70,9 @@ def _table(linear_act, linear_dact, gemm, tf32) -> dict[tuple[str, str], tuple[C
 TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     "sm_80": _table(
         linear_act=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
-        linear_dact=(_ptr(128, 64, 64, 8, 3), _ptr(64, 64, 32, 4, 3)),
+        linear_dact=(_ptr(128, 128, 64, 8, 3, split=True), _ptr(128, 64, 64, 8, 3), _ptr(64, 64, 32, 4, 3)),
+        gated_act=(_ptr(128, 64, 64, 8, 3), _ptr(64, 64, 64, 4, 3)),
+        gated_dact=(_ptr(64, 64, 64, 8, 3), _ptr(64, 32, 64, 4, 3)),
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
@@ -76,6 +84,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
             _tma(64, 64, 64, 4, 4),
         ),
         linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
+        gated_act=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 3), _tma(64, 64, 64, 4, 4)),
+        gated_dact=(_tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
         gemm=(
             _tma(128, 256, 64, 8, 3, split=True),
             _tma(128, 128, 64, 8, 4),
@@ -86,19 +96,25 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     ),
     "sm_100": _table(
         linear_act=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
-        linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
+        linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4, split=True)),
+        gated_act=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 8, 3), _tma(64, 64, 64, 4, 4)),
+        gated_dact=(_tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
         gemm=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
     "gfx942": _table(
         linear_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         linear_dact=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        gated_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        gated_dact=(_ptr(128, 64, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         gemm=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         tf32=(_ptr(64, 64, 32, 4, 2),),
     ),
 }
 # For operands whose base or row stride is no multiple of 16 bytes: larger tiles spill on their element-wise loads.
 ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
+# The same for kernels that spill with those.
+_OWN_ODD_STRIDES = {("gated_linear_dact", "16bit"): _ptr(64, 32, 32, 8, 3)}
 # Streaming multiprocessors (compute units) that a grid should fill.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
@@ -123,11 +139,20 @@ def arithmetic_of(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def select(kernel: str, like: torch.Tensor, rows: int, cols: int, aligned: bool) -> Config:
-    """Return the configuration for a [rows, cols] output of `kernel` in like's dtype, on like's device.
+# The `input_precision` of the dots in each arithmetic class; 16-bit operands ignore it.
+PRECISION = {"16bit": "tf32", "tf32": "tf32", "ieee": "ieee"}
+
+
+def odd_strides(kernel: str, arithmetic: str) -> Config:
+    """Return the row for operands whose base or row stride is no multiple of 16 bytes."""
+    return _OWN_ODD_STRIDES.get((kernel, arithmetic), ODD_STRIDES[arithmetic])
+
+
+def select(kernel: str, like, rows: int, cols: int, aligned: bool) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`.
 
     The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
-    for three quarters of the processors; else the last. Operands that are not `aligned` take ODD_STRIDES.
+    for three quarters of the processors; else the last. Operands that are not `aligned` take `odd_strides`.
     """
     return _select(kernel, arch_of(like.device), arithmetic_of(like.dtype), rows, cols, aligned)
 
@@ -135,7 +160,7 @@ def select(kernel: str, like: torch.Tensor, rows: int, cols: int, aligned: bool)
 @lru_cache(maxsize=4096)
 def _select(kernel: str, arch: str, arithmetic: str, rows: int, cols: int, aligned: bool) -> Config:
     if not aligned:
-        return ODD_STRIDES[arithmetic]
+        return odd_strides(kernel, arithmetic)
     table = TABLES[arch][kernel, arithmetic]
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M

@@ -1,23 +1,52 @@
-"""What every launcher needs: operand checks, TMA eligibility, descriptors, grid and device."""
+"""What every launcher needs: what there is to know about its operands, their checks, and launches prepared once.
 
-import contextlib
+Host time is part of a small layer's latency. All that a launch needs beside addresses (checks, configuration, grid,
+compiled kernel, the fields of its TMA descriptors) follows from its operands' signatures, so each launcher derives it
+once per signature and keeps it in a cache.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._configs import Config, arithmetic_of
+from ._configs import Config
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Serving meets thousands of token counts; a prepared launch is a few hundred bytes.
+prepared_once = lru_cache(maxsize=8192)
 
 
-def check_matrix(name: str, t: torch.Tensor, like: torch.Tensor | None = None) -> None:
+class Operand(NamedTuple):
+    """A tensor without its contents; `residue` is its address modulo 16."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    residue: int
+
+
+def signature(t: torch.Tensor | None) -> tuple | None:
+    """Return the fields of t's `Operand`, as the key of a cache: a plain tuple, which is faster to make."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+
+
+def fresh(rows: int, cols: int, like: Operand, dtype: torch.dtype | None = None) -> Operand:
+    """Return the operand that new_empty((rows, cols)) will be: allocators align far beyond 16 bytes."""
+    return Operand((rows, cols), (cols, 1), dtype or like.dtype, like.device, 0)
+
+
+def check_matrix(name: str, t: Operand, like: Operand | None = None) -> None:
     """Require a 2-D tensor of a supported dtype whose last dim is contiguous; `like` fixes dtype and device.
 
     Raises: ValueError: with the shape, strides, dtype and device at hand.
     """
-    if t.dim() != 2 or (t.shape[1] > 1 and t.stride(1) != 1):
+    if len(t.shape) != 2 or (t.shape[1] > 1 and t.strides[1] != 1):
         raise ValueError(
-            f"{name}: expected a 2-D tensor with a contiguous last dim, got {tuple(t.shape)} with strides {t.stride()}"
+            f"{name}: expected a 2-D tensor with a contiguous last dim, got {tuple(t.shape)} with strides {t.strides}"
         )
     if t.dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name}: dtype {t.dtype} is not one of {', '.join(map(str, SUPPORTED_DTYPES))}")
@@ -25,7 +54,7 @@ def check_matrix(name: str, t: torch.Tensor, like: torch.Tensor | None = None) -
         raise ValueError(f"{name}: {t.dtype} on {t.device} beside {like.dtype} on {like.device}")
 
 
-def check_operands(name: str, a: torch.Tensor, b: torch.Tensor, trans_b: bool) -> tuple[int, int, int]:
+def check_operands(name: str, a: Operand, b: Operand, trans_b: bool) -> tuple[int, int, int]:
     """Return (M, N, K) of a [M, K] @ b [K, N], or @ b [N, K].T with trans_b.
 
     Raises: ValueError: inner dims differ, or an operand fails `check_matrix` (the message shows both shapes).
@@ -38,54 +67,101 @@ def check_operands(name: str, a: torch.Tensor, b: torch.Tensor, trans_b: bool) -
     return a.shape[0], N, K
 
 
-def check_vector(name: str, v: torch.Tensor | None, size: int, like: torch.Tensor) -> None:
-    """Require v to be None or a contiguous [size] of like's dtype and device. Raises: ValueError otherwise."""
-    if v is not None:
-        check_like(name, v, (size,), like)
-
-
-def check_like(name: str, t: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+def check_contiguous(name: str, t: Operand, shape: tuple[int, ...], like: Operand) -> None:
     """Require a contiguous tensor of this shape, of like's dtype and device. Raises: ValueError otherwise."""
-    if t.shape != shape or not t.is_contiguous() or t.dtype != like.dtype or t.device != like.device:
+    row_major = (shape[1], 1) if len(shape) == 2 else (1,)
+    contiguous = 0 in shape or all(
+        stride == expected for size, stride, expected in zip(shape, t.strides, row_major, strict=False) if size > 1
+    )
+    if t.shape != shape or not contiguous or t.dtype != like.dtype or t.device != like.device:
         raise ValueError(
             f"{name}: expected contiguous {shape} {like.dtype} on {like.device}, got {tuple(t.shape)} {t.dtype} on "
-            f"{t.device} with strides {t.stride()}"
+            f"{t.device} with strides {t.strides}"
         )
 
 
-def aligned(*tensors: torch.Tensor) -> bool:
-    """Say whether TMA and 16-byte copies can address every tensor: base and row stride multiples of 16 bytes, rows
+def aligned(*operands: Operand) -> bool:
+    """Say whether TMA and 16-byte copies can address every matrix: base and row stride multiples of 16 bytes, rows
     that do not overlap, nothing empty."""
     return all(
-        t.data_ptr() % 16 == 0
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.stride(0) >= t.shape[1]
-        and t.stride(1) == 1
-        and t.numel() > 0
-        for t in tensors
+        t.residue == 0
+        and t.strides[0] * t.dtype.itemsize % 16 == 0
+        and t.strides[0] >= t.shape[1]
+        and t.strides[1] == 1
+        and 0 not in t.shape
+        for t in operands
     )
 
 
-def operands(use_tma: bool, *tensors_and_blocks: tuple[torch.Tensor, tuple[int, int]]) -> list:
-    """Return kernel arguments: the tensors themselves, or host-side descriptors that load and store `block`s."""
-    if not use_tma:
-        return [t for t, _ in tensors_and_blocks]
-    return [TensorDescriptor(t, list(t.shape), list(t.stride()), list(b)) for t, b in tensors_and_blocks]
+def grid(config: Config, rows: int, cols: int) -> tuple[int, int, int]:
+    """Return the grid that covers a [rows, cols] output with config's tiles."""
+    return triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(cols, config.BLOCK_N), 1, 1
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Return the `input_precision` of the dots: "ieee" or "tf32"; it matters for fp32 operands only."""
-    return "ieee" if arithmetic_of(dtype) == "ieee" else "tf32"
+class _Address:
+    """What a descriptor needs of its tensor; holding the tensor itself would keep its memory alive."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
-def grid(config: Config, rows: int, cols: int) -> tuple[int]:
-    """Return the 1-D grid that covers a [rows, cols] output with config's tiles."""
-    # Plain arithmetic: triton.cdiv costs a microsecond on the host.
-    return (-(-rows // config.BLOCK_M) * -(-cols // config.BLOCK_N),)
+# Allocators give the same addresses again and again; enough for the layers and micro-batches of a large model.
+_KNOWN_ADDRESSES = 1024
 
 
-def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make t's GPU current for a launch: Triton launches on the current device, whatever its arguments say."""
-    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+class Launch:
+    """A kernel with everything but its tensors.
+
+    views                (operand, block) of the tensor arguments that become descriptors if constants["USE_TMA"]
+    scalars, constants   the integers that follow the tensors in the kernel's signature; its constants, num_warps and
+                         num_stages, as in a configuration's `meta`
+
+    Calling it with the tensors launches. The first call goes through Triton's JIT; later ones through the compiled
+    kernel it returned, which is right because whatever Triton specialises on is in the signature of the operands.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], *, views=(), scalars: tuple, constants: dict) -> None:
+        self._kernel, self._grid = kernel, grid
+        self._values = (*scalars, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        self._views = views if constants.get("USE_TMA") else ()
+        # Of each view: the fields of its descriptor, its dtype for a base, and descriptors of the addresses met so far.
+        self._descriptors: list[tuple[dict, dict[int, TensorDescriptor]]] = []
+        self._compiled: Any = None  # bound to the grid
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the device of the first tensor: Triton by itself takes the current one, whatever its arguments."""
+        first = tensors[0]
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return self(*tensors)
+        if self._compiled is not None:
+            return self._compiled(*self._with_descriptors(tensors), *self._values)
+        descriptors = [
+            TensorDescriptor(t, list(view.shape), list(view.strides), list(block))
+            for t, (view, block) in zip(tensors, self._views, strict=False)
+        ]
+        arguments = (*descriptors, *tensors[len(descriptors) :])
+        kernel = self._kernel[self._grid](*arguments, *self._values, **self._options)
+        if kernel is not None:  # the interpreter compiles nothing
+            self._descriptors = [({**vars(d), "base": d.base.dtype}, {}) for d in descriptors]
+            self._compiled = kernel[self._grid]
+
+    def _with_descriptors(self, tensors: tuple[torch.Tensor, ...]) -> list:
+        arguments: list = list(tensors)
+        for index, (fields, known) in enumerate(self._descriptors):
+            address = tensors[index].data_ptr()
+            descriptor = known.get(address)
+            if descriptor is None:
+                if len(known) >= _KNOWN_ADDRESSES:
+                    known.clear()
+                # Without its constructor, which checks again what holds for every tensor of this signature.
+                descriptor = known[address] = object.__new__(TensorDescriptor)
+                descriptor.__dict__.update(fields, base=_Address(address, fields["base"]))
+            arguments[index] = descriptor
+        return arguments

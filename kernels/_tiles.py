@@ -102,6 +102,51 @@ def gemm_tile(
 
 
 @triton.jit
+def gemm_gate_and_up(
+    a,
+    b,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Accumulate the tiles of A @ B[:N].T and A @ B[N:].T at the same place in fp32; b is [2N, K], and each tile of A
+    is loaded once for both. The rest is as in gemm_tile."""
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if USE_TMA:
+        # A gate tile that reaches past N reads up rows: its columns past N are never stored.
+        for k in range(0, K, BLOCK_K):
+            a_tile = a.load([tile_m * BLOCK_M, k])
+            gate = tl.dot(a_tile, b.load([tile_n * BLOCK_N, k]).T, gate, input_precision=PRECISION)
+            up = tl.dot(a_tile, b.load([N + tile_n * BLOCK_N, k]).T, up, input_precision=PRECISION)
+    else:
+        offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M
+        offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
+        offs_k = tl.arange(0, BLOCK_K)
+        a_ptrs = _operand_ptrs(a, offs_m, offs_k, stride_a)
+        gate_ptrs = _operand_ptrs(b, offs_n, offs_k, stride_b)
+        up_ptrs = _operand_ptrs(b, N + offs_n, offs_k, stride_b)
+        for k in range(0, K, BLOCK_K):
+            mask = offs_k[None, :] < K - k
+            a_tile = tl.load(a_ptrs, mask=mask, other=0.0)
+            gate = tl.dot(a_tile, tl.load(gate_ptrs, mask=mask, other=0.0).T, gate, input_precision=PRECISION)
+            up = tl.dot(a_tile, tl.load(up_ptrs, mask=mask, other=0.0).T, up, input_precision=PRECISION)
+            a_ptrs += BLOCK_K
+            gate_ptrs += BLOCK_K
+            up_ptrs += BLOCK_K
+    return gate, up
+
+
+@triton.jit
 def load_tile(src, row, col, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):
     """Load the [BLOCK_M, BLOCK_N] tile at (row, col) of a row-major [M, N] tensor; zero past its edges."""
     if USE_TMA:

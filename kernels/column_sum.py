@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from ._launch import Launch, Operand, check_matrix, prepared_once, signature
 
 ROWS_PER_PROGRAM = 128
 BLOCK_R = 32
@@ -35,24 +35,36 @@ def column_sum_kernel(
     tl.store(out_ptrs, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
+@prepared_once
+def _prepare(src, out_dtype) -> tuple[tuple[int, int], torch.dtype, Launch | None]:
+    """Return shape and dtype of what one pass leaves, and its launch, if there is anything to sum."""
+    src = Operand(*src)
+    check_matrix("column_sum src", src)
+    R, N = src.shape
+    if R == 0 or N == 0:
+        return (1, N), out_dtype, None
+    partial_rows = triton.cdiv(R, ROWS_PER_PROGRAM)
+    launch = Launch(
+        column_sum_kernel,
+        (partial_rows, triton.cdiv(N, BLOCK_N), 1),
+        scalars=(R, N, src.strides[0]),
+        constants={"ROWS_PER_PROGRAM": ROWS_PER_PROGRAM, "BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N},
+    )
+    return (partial_rows, N), out_dtype if partial_rows == 1 else torch.float32, launch
+
+
 def column_sum(src: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Launch `column_sum_kernel` until one row is left; shapes as in the module docstring. out_dtype: default src's.
 
     Raises: ValueError: src is not 2-D or its last dim is not contiguous (the message shows shape and strides).
     """
-    _launch.check_matrix("column_sum src", src)
-    R, N = src.shape
     out_dtype = out_dtype or src.dtype
-    if R == 0:
-        return src.new_zeros((N,), dtype=out_dtype)
     while True:
-        partial_rows = triton.cdiv(src.shape[0], ROWS_PER_PROGRAM)
-        out = src.new_empty((partial_rows, N), dtype=out_dtype if partial_rows == 1 else torch.float32)
-        with _launch.on_device(src):
-            column_sum_kernel[(partial_rows, triton.cdiv(N, BLOCK_N))](
-                src, out, src.shape[0], N, src.stride(0),
-                ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N,
-            )  # fmt: skip
-        if partial_rows == 1:
+        shape, dtype, launch = _prepare(signature(src), out_dtype)
+        if launch is None:
+            return src.new_zeros(shape[1:], dtype=dtype)
+        out = src.new_empty(shape, dtype=dtype)
+        launch(src, out)
+        if shape[0] == 1:
             return out[0]
         src = out

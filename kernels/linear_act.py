@@ -1,12 +1,14 @@
 """Compute Linear1's shard, its bias and the activation in one kernel.
 
     x        [M, K]  fp32|bf16|fp16, last dim contiguous; M tokens, K = H
-    weight   [N, K]  same dtype; this rank's output features, N = F / P
-    bias     [N]     same dtype, or None
-    act      [M, N]  same dtype: act(x @ weight.T + bias)
-    pre_act  [M, N]  same dtype: x @ weight.T + bias, for backward; only with save_pre_act
+    weight   [W, K]  same dtype; this rank's output features; W = N = F / P, or 2N where the activation is gated:
+                     N gate rows above N up rows
+    bias     [W]     same dtype, or None
+    act      [M, N]  same dtype: act(x @ weight.T + bias); gated: f(gate) · up
+    pre_act  [M, W]  same dtype: x @ weight.T + bias, for backward; only with save_pre_act
 
-fp32 accumulation; bias and activation are applied to the fp32 accumulator; one rounding per stored tensor.
+fp32 accumulation; bias and activation are applied to the fp32 accumulator; one rounding per stored tensor. A gated
+program holds two accumulators, for the same N columns of gate and up, and loads each tile of x once for both.
 
 Source: epilogue fusion as in CUTLASS's "linear combination + activation" epilogues.
 """
@@ -15,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _launch
-from ._tiles import add_row_vector, column_halves, gemm_tile, grouped_tile, store_tile
-from .activations import activate
+from . import _configs
+from ._launch import Launch, Operand, aligned, check_contiguous, check_operands, fresh, grid, prepared_once, signature
+from ._tiles import add_row_vector, column_halves, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
+from .activations import GATED_ACTIVATIONS, activate, kernel_activation
 
 
 @triton.jit
@@ -48,9 +51,9 @@ def _bias_act_store(
 def linear_act_kernel(
     x,
     weight,
-    bias_ptr,
     act,
     pre_act,
+    bias_ptr,
     M,
     N,
     K,
@@ -93,6 +96,84 @@ def linear_act_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M"])
+def gated_linear_act_kernel(
+    x,
+    weight,
+    act,
+    gate,
+    up,
+    bias_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_weight,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_PRE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """act = f(x @ weight[:N].T + bias[:N]) · (x @ weight[N:].T + bias[N:]); gate and up are the two halves of pre_act's
+    columns, each by itself: a tile of gate that reaches past N must not be stored over up."""
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    gate_acc, up_acc = gemm_gate_and_up(
+        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
+    )
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
+    if HAS_BIAS:
+        gate_acc = add_row_vector(gate_acc, bias_ptr, col, N, BLOCK_N)
+        up_acc = add_row_vector(up_acc, bias_ptr + N, col, N, BLOCK_N)
+    if SAVE_PRE_ACT:
+        store_tile(gate, gate_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+        store_tile(up, up_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    store_tile(act, activate(gate_acc, ACTIVATION) * up_acc, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+
+
+@prepared_once
+def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> tuple[int, int, int, Launch | None]:
+    """Return M, N, the width of pre_act, and the launch, if there is anything to compute."""
+    x, weight = Operand(*x), Operand(*weight)
+    M, width, K = check_operands("linear_act", x, weight, trans_b=True)
+    if bias is not None:
+        check_contiguous("linear_act bias", Operand(*bias), (width,), like=x)
+    gated = activation in GATED_ACTIVATIONS
+    if gated and width % 2:
+        raise ValueError(f"linear_act: {activation} takes gate and up rows, got an odd number: {tuple(weight.shape)}")
+    N = width // 2 if gated else width
+    if M == 0 or N == 0:
+        return M, N, width, None
+    act = fresh(M, N, x)
+    name = "gated_linear_act" if gated else "linear_act"
+    config = config or _configs.select(name, x, M, N, aligned(x, weight, act))
+    half = Operand((M, N), (width, 1), x.dtype, x.device, 0)
+    stored = (config.BLOCK_M, config.STORED_N)
+    launch = Launch(
+        gated_linear_act_kernel if gated else linear_act_kernel,
+        grid(config, M, N),
+        views=(
+            (x, (config.BLOCK_M, config.BLOCK_K)),
+            (weight, (config.BLOCK_N, config.BLOCK_K)),
+            *((view, stored) for view in (act, *([half if save_pre_act else act] * (1 + gated)))),
+        ),
+        scalars=(M, N, K, x.strides[0], weight.strides[0]),
+        constants=config.meta
+        | {
+            "ACTIVATION": kernel_activation(activation, x.dtype.itemsize),
+            "HAS_BIAS": bias is not None,
+            "SAVE_PRE_ACT": save_pre_act,
+            "PRECISION": _configs.PRECISION[arithmetic],
+        },
+    )
+    return M, N, width, launch
+
+
 def linear_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -101,32 +182,19 @@ def linear_act(
     save_pre_act: bool,
     config: _configs.Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch `linear_act_kernel`; shapes as in the module docstring.
+    """Launch `linear_act_kernel` or `gated_linear_act_kernel`; shapes as in the module docstring.
 
     Returns (act, pre_act); pre_act is an empty [0] tensor unless save_pre_act. `config` overrides the table.
 
     Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
     """
-    M, N, K = _launch.check_operands("linear_act", x, weight, trans_b=True)
-    _launch.check_vector("linear_act bias", bias, N, like=x)
+    M, N, width, launch = _prepare(
+        signature(x), signature(weight), signature(bias), activation, save_pre_act,
+        _configs.arithmetic_of(x.dtype), config,
+    )  # fmt: skip
     act = x.new_empty((M, N))
-    pre_act = x.new_empty((M, N) if save_pre_act else (0,))
-    if M == 0:
-        return act, pre_act
-    config = config or _configs.select("linear_act", x, M, N, _launch.aligned(x, weight, act))
-    tile_n = config.BLOCK_N // 2 if config.SPLIT_EPILOGUE else config.BLOCK_N
-    operands = _launch.operands(
-        config.USE_TMA,
-        (x, (config.BLOCK_M, config.BLOCK_K)),
-        (weight, (config.BLOCK_N, config.BLOCK_K)),
-        (act, (config.BLOCK_M, tile_n)),
-        (pre_act if save_pre_act else act, (config.BLOCK_M, tile_n)),
-    )
-    with _launch.on_device(x):
-        linear_act_kernel[_launch.grid(config, M, N)](
-            operands[0], operands[1], x if bias is None else bias, operands[2], operands[3],
-            M, N, K, x.stride(0), weight.stride(0),
-            ACTIVATION=activation, HAS_BIAS=bias is not None, SAVE_PRE_ACT=save_pre_act,
-            PRECISION=_launch.precision(x.dtype), **config.meta,
-        )  # fmt: skip
+    pre_act = x.new_empty((M, width) if save_pre_act else (0,))
+    if launch is not None:
+        halves = () if width == N else (pre_act[:, N:],) if save_pre_act else (act,)
+        launch(x, weight, act, pre_act if save_pre_act else act, *halves, x if bias is None else bias)
     return act, pre_act

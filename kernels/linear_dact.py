@@ -2,10 +2,12 @@
 
     dy          [M, K]  fp32|bf16|fp16, last dim contiguous; K = H
     weight      [K, N]  same dtype; this rank's input features of Linear2, N = F / P
-    pre_act     [M, N]  same dtype, contiguous, as linear_act stored it
-    d_pre       [M, N]  same dtype: (dy @ weight) ⊙ act'(pre_act)
+    pre_act     [M, W]  same dtype, contiguous, as linear_act stored it; W = N, or 2N: gate and up columns
+    d_pre       [M, W]  same dtype: (dy @ weight) ⊙ act'(pre_act)
     act         [M, N]  same dtype: act(pre_act), recomputed for Linear2's weight gradient
-    db_partial  [cdiv(M, BLOCK_M), N] fp32: column sums of the unrounded d_pre, one row per row of tiles
+    db_partial  [cdiv(M, BLOCK_M), W] fp32: column sums of the unrounded d_pre, one row per row of tiles
+
+    gated       d_gate = (dy @ weight) ⊙ up ⊙ f'(gate)    d_up = (dy @ weight) ⊙ f(gate)    act = f(gate) ⊙ up
 
 fp32 accumulation, one rounding per stored tensor. The partials are summed afterwards in a fixed order
 (column_sum.py): no atomics, so the bias gradient has the same bits in every run.
@@ -17,10 +19,21 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _launch
+from . import _configs
+from ._launch import Launch, Operand, aligned, check_contiguous, check_operands, fresh, grid, prepared_once, signature
 from ._tiles import column_halves, gemm_tile, grouped_tile, load_tile, store_tile
-from .activations import activate_with_derivative
+from .activations import GATED_ACTIVATIONS, activate_with_derivative, kernel_activation
 from .column_sum import column_sum
+
+
+@triton.jit
+def _store_column_sums(tile, dst_ptr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the sums of an fp32 tile's columns to dst[col : col + BLOCK_N]."""
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    # Rows past M hold another row's product on the pointer path: they must not reach the sum.
+    rows = tl.where(offs_m[:, None] < M, tile, 0.0)
+    tl.store(dst_ptr + offs_n, tl.sum(rows, axis=0), mask=offs_n < N)
 
 
 @triton.jit
@@ -49,11 +62,7 @@ def _dact_store(
     grad = acc * derivative
     store_tile(d_pre, grad, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
     if STORE_DB:
-        offs_m = row + tl.arange(0, BLOCK_M)
-        offs_n = col + tl.arange(0, BLOCK_N)
-        # Rows past M hold another row's product on the pointer path: they must not reach the sum.
-        rows = tl.where(offs_m[:, None] < M, grad, 0.0)
-        tl.store(db_partial_ptr + tile_m.to(tl.int64) * N + offs_n, tl.sum(rows, axis=0), mask=offs_n < N)
+        _store_column_sums(grad, db_partial_ptr + tile_m.to(tl.int64) * N, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -105,43 +114,119 @@ def linear_dact_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M"])
+def gated_linear_dact_kernel(
+    dy,
+    weight,
+    gate,
+    up,
+    d_gate,
+    d_up,
+    act,
+    db_partial_ptr,
+    M,
+    N,
+    K,
+    stride_dy,
+    stride_weight,
+    ACTIVATION: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    STORE_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_gate, d_up: the two halves of d_pre's columns, as gate and up are pre_act's (see linear_act)."""
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = gemm_tile(
+        dy, weight, tile_m, tile_n, M, N, K, stride_dy, stride_weight,
+        False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    )  # fmt: skip
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
+    sums_ptr = db_partial_ptr + tile_m.to(tl.int64) * 2 * N
+    z = load_tile(gate, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
+    value, derivative = activate_with_derivative(z, ACTIVATION)
+    # First what does not need up: fewer tiles are alive at once.
+    grad = acc * value
+    store_tile(d_up, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    if STORE_DB:
+        _store_column_sums(grad, sums_ptr + N, row, col, M, N, BLOCK_M, BLOCK_N)
+    factor = load_tile(up, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
+    if STORE_ACT:
+        store_tile(act, value * factor, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+    grad = acc * factor * derivative
+    store_tile(d_gate, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    if STORE_DB:
+        _store_column_sums(grad, sums_ptr, row, col, M, N, BLOCK_M, BLOCK_N)
+
+
+@prepared_once
+def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, config) -> tuple:
+    """Return M, N, the width of pre_act, the height of db_partial, and the launch, if there is anything to compute."""
+    dy, weight, pre_act = Operand(*dy), Operand(*weight), Operand(*pre_act)
+    M, N, K = check_operands("linear_dact", dy, weight, trans_b=False)
+    gated = activation in GATED_ACTIVATIONS
+    width = 2 * N if gated else N
+    check_contiguous("linear_dact pre_act", pre_act, (M, width), like=dy)
+    if M == 0 or N == 0:
+        return M, N, width, 0, None
+    act = fresh(M, N, dy)
+    name = "gated_linear_dact" if gated else "linear_dact"
+    config = config or _configs.select(name, dy, M, N, aligned(dy, weight, pre_act, act))
+    half = Operand((M, N), (width, 1), dy.dtype, dy.device, 0)
+    stored = (config.BLOCK_M, config.STORED_N)
+    launch = Launch(
+        gated_linear_dact_kernel if gated else linear_dact_kernel,
+        grid(config, M, N),
+        views=(
+            (dy, (config.BLOCK_M, config.BLOCK_K)),
+            (weight, (config.BLOCK_K, config.BLOCK_N)),
+            *[(half, stored)] * (4 if gated else 2),
+            (act if need_act else half, stored),
+        ),
+        scalars=(M, N, K, dy.strides[0], weight.strides[0]),
+        constants=config.meta
+        | {
+            "ACTIVATION": kernel_activation(activation, dy.dtype.itemsize),
+            "STORE_ACT": need_act,
+            "STORE_DB": need_db,
+            "PRECISION": _configs.PRECISION[arithmetic],
+        },
+    )
+    return M, N, width, triton.cdiv(M, config.BLOCK_M), launch
+
+
 def linear_dact(
     dy: torch.Tensor,
     weight: torch.Tensor,
     pre_act: torch.Tensor,
     activation: str,
     need_act: bool,
-    need_db: bool,
+    db_dtype: torch.dtype | None,
     config: _configs.Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch `linear_dact_kernel` and the second pass of the bias gradient; shapes as in the module docstring.
+    """Launch `linear_dact_kernel` or `gated_linear_dact_kernel`, and the second pass of the bias gradient; shapes as in
+    the module docstring.
 
-    Returns (d_pre [M, N], act [M, N] or [0], db [N] or [0]), all in dy's dtype. `config` overrides the table.
+    Returns (d_pre [M, W], act [M, N] or [0], db [W] in db_dtype or, where that is None, [0]). `config` overrides the
+    table.
 
     Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
     """
-    M, N, K = _launch.check_operands("linear_dact", dy, weight, trans_b=False)
-    _launch.check_like("linear_dact pre_act", pre_act, (M, N), like=dy)
-    d_pre = dy.new_empty((M, N))
+    need_db = db_dtype is not None
+    M, N, width, partials, launch = _prepare(
+        signature(dy), signature(weight), signature(pre_act), activation, need_act, need_db,
+        _configs.arithmetic_of(dy.dtype), config,
+    )  # fmt: skip
+    d_pre = dy.new_empty((M, width))
     act = dy.new_empty((M, N) if need_act else (0,))
-    if M == 0:
-        return d_pre, act, dy.new_zeros((N if need_db else 0,))
-    config = config or _configs.select("linear_dact", dy, M, N, _launch.aligned(dy, weight, pre_act, d_pre))
-    db_partial = dy.new_empty((triton.cdiv(M, config.BLOCK_M), N) if need_db else (0, N), dtype=torch.float32)
-    tile_n = config.BLOCK_N // 2 if config.SPLIT_EPILOGUE else config.BLOCK_N
-    operands = _launch.operands(
-        config.USE_TMA,
-        (dy, (config.BLOCK_M, config.BLOCK_K)),
-        (weight, (config.BLOCK_K, config.BLOCK_N)),
-        (pre_act, (config.BLOCK_M, tile_n)),
-        (d_pre, (config.BLOCK_M, tile_n)),
-        (act if need_act else d_pre, (config.BLOCK_M, tile_n)),
-    )
-    with _launch.on_device(dy):
-        linear_dact_kernel[_launch.grid(config, M, N)](
-            *operands, db_partial, M, N, K, dy.stride(0), weight.stride(0),
-            ACTIVATION=activation, STORE_ACT=need_act, STORE_DB=need_db,
-            PRECISION=_launch.precision(dy.dtype), **config.meta,
-        )  # fmt: skip
-    db = column_sum(db_partial, dy.dtype) if need_db else dy.new_empty((0,))
-    return d_pre, act, db
+    if launch is None:
+        return d_pre, act, dy.new_zeros((width if need_db else 0,), dtype=db_dtype)
+    db_partial = dy.new_empty((partials if need_db else 0, width), dtype=torch.float32)
+    halves = (pre_act, d_pre) if width == N else (pre_act, pre_act[:, N:], d_pre, d_pre[:, N:])
+    launch(dy, weight, *halves, act if need_act else d_pre, db_partial)
+    return d_pre, act, column_sum(db_partial, db_dtype) if need_db else dy.new_empty((0,))

@@ -3,52 +3,79 @@
     linear  y  [M, N] = a [M, K] @ weight [N, K].T + bias [N]   Linear2: a = hidden, K = F / P, N = H
     dgrad   dx [M, N] = dy [M, K] @ weight [K, N]               dx = d_pre @ w1
     wgrad   dw [N, K] = dy [M, N].T @ x [M, K]                  dw1 = d_pre.T @ x, dw2 = dy.T @ hidden
+            or dw += dy.T @ x, with dw in fp32                  into a main_grad
 
-fp32|bf16|fp16, one dtype throughout, last dims contiguous, M tokens; fp32 accumulation, one rounding at the store.
+fp32|bf16|fp16, one dtype throughout (dw's may differ), last dims contiguous, M tokens; fp32 accumulation, one rounding
+at the store.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _launch
-from ._tiles import add_row_vector, column_halves, gemm_tile, grouped_tile, store_tile
+from . import _configs
+from ._launch import (
+    Launch,
+    Operand,
+    aligned,
+    check_contiguous,
+    check_matrix,
+    check_operands,
+    fresh,
+    grid,
+    prepared_once,
+    signature,
+)
+from ._tiles import add_row_vector, column_halves, gemm_tile, grouped_tile, load_tile, store_tile
+
+
+@triton.jit
+def _store_half(
+    out,
+    tile,
+    row,
+    col,
+    M,
+    N,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    if ACCUMULATE:
+        tile += load_tile(out, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+    store_tile(out, tile, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
 
 
 @triton.jit
 def _store(
     acc,
-    bias_ptr,
     out,
-    tile_m,
-    tile_n,
+    row,
+    col,
     M,
     N,
-    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_EPILOGUE: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    row = tile_m * BLOCK_M
-    col = tile_n * BLOCK_N
-    if HAS_BIAS:
-        acc = add_row_vector(acc, bias_ptr, col, N, BLOCK_N)
     if SPLIT_EPILOGUE:
         HALF_N: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-        store_tile(out, left, row, col, M, N, N, BLOCK_M, HALF_N, USE_TMA)
-        store_tile(out, right, row, col + HALF_N, M, N, N, BLOCK_M, HALF_N, USE_TMA)
+        _store_half(out, left, row, col, M, N, ACCUMULATE, BLOCK_M, HALF_N, USE_TMA)
+        _store_half(out, right, row, col + HALF_N, M, N, ACCUMULATE, BLOCK_M, HALF_N, USE_TMA)
     else:
-        store_tile(out, acc, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+        _store_half(out, acc, row, col, M, N, ACCUMULATE, BLOCK_M, BLOCK_N, USE_TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     a,
     b,
-    bias_ptr,
     out,
+    bias_ptr,
     M,
     N,
     K,
@@ -70,10 +97,11 @@ def matmul_kernel(
         a, b, tile_m, tile_n, M, N, K, stride_a, stride_b,
         False, TRANS_B, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    _store(
-        acc, bias_ptr, out, tile_m, tile_n, M, N,
-        HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA,
-    )  # fmt: skip
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
+    if HAS_BIAS:
+        acc = add_row_vector(acc, bias_ptr, col, N, BLOCK_N)
+    _store(acc, out, row, col, M, N, False, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -86,6 +114,7 @@ def wgrad_kernel(
     K,
     stride_dy,
     stride_x,
+    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,39 +123,49 @@ def wgrad_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dw [N, K] = dy [M, N].T @ x [M, K]: the tokens are the reduction, so BLOCK_M × BLOCK_N tiles cover [N, K] and
-    BLOCK_K steps through M."""
+    """dw [N, K] = dy [M, N].T @ x [M, K], or += with ACCUMULATE: the tokens are the reduction, so BLOCK_M × BLOCK_N
+    tiles cover [N, K] and BLOCK_K steps through M."""
     tile_m, tile_n = grouped_tile(tl.program_id(0), N, K, BLOCK_M, BLOCK_N, GROUP_M)
     acc = gemm_tile(
         dy, x, tile_m, tile_n, N, K, M, stride_dy, stride_x,
         True, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    _store(
-        acc, dw, dw, tile_m, tile_n, N, K,
-        False, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA,
-    )  # fmt: skip
+    _store(acc, dw, tile_m * BLOCK_M, tile_n * BLOCK_N, N, K, ACCUMULATE, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
+
+
+@prepared_once
+def _prepare_matmul(name, a, b, bias, trans_b, arithmetic, config) -> tuple[int, int, Launch | None]:
+    """Return M, N, and the launch, if there is anything to compute."""
+    a, b = Operand(*a), Operand(*b)
+    M, N, K = check_operands(name, a, b, trans_b=trans_b)
+    if bias is not None:
+        check_contiguous(f"{name} bias", Operand(*bias), (N,), like=a)
+    if M == 0 or N == 0:
+        return M, N, None
+    out = fresh(M, N, a)
+    config = config or _configs.select(name, a, M, N, aligned(a, b, out))
+    launch = Launch(
+        matmul_kernel,
+        grid(config, M, N),
+        views=(
+            (a, (config.BLOCK_M, config.BLOCK_K)),
+            (b, (config.BLOCK_N, config.BLOCK_K) if trans_b else (config.BLOCK_K, config.BLOCK_N)),
+            (out, (config.BLOCK_M, config.STORED_N)),
+        ),
+        scalars=(M, N, K, a.strides[0], b.strides[0]),
+        constants=config.meta
+        | {"TRANS_B": trans_b, "HAS_BIAS": bias is not None, "PRECISION": _configs.PRECISION[arithmetic]},
+    )
+    return M, N, launch
 
 
 def _matmul(name, a, b, bias, trans_b, config):
-    M, N, K = _launch.check_operands(name, a, b, trans_b=trans_b)
-    _launch.check_vector(f"{name} bias", bias, N, like=a)
-    out = a.new_empty((M, N))
-    if M == 0:
-        return out
-    config = config or _configs.select(name, a, M, N, _launch.aligned(a, b, out))
-    b_block = (config.BLOCK_N, config.BLOCK_K) if trans_b else (config.BLOCK_K, config.BLOCK_N)
-    operands = _launch.operands(
-        config.USE_TMA,
-        (a, (config.BLOCK_M, config.BLOCK_K)),
-        (b, b_block),
-        (out, (config.BLOCK_M, config.BLOCK_N // 2 if config.SPLIT_EPILOGUE else config.BLOCK_N)),
+    M, N, launch = _prepare_matmul(
+        name, signature(a), signature(b), signature(bias), trans_b, _configs.arithmetic_of(a.dtype), config
     )
-    with _launch.on_device(a):
-        matmul_kernel[_launch.grid(config, M, N)](
-            operands[0], operands[1], a if bias is None else bias, operands[2],
-            M, N, K, a.stride(0), b.stride(0), TRANS_B=trans_b, HAS_BIAS=bias is not None,
-            PRECISION=_launch.precision(a.dtype), **config.meta,
-        )  # fmt: skip
+    out = a.new_empty((M, N))
+    if launch is not None:
+        launch(a, b, out, a if bias is None else bias)
     return out
 
 
@@ -148,29 +187,66 @@ def dgrad(dy: torch.Tensor, weight: torch.Tensor, config: _configs.Config | None
     return _matmul("dgrad", dy, weight, None, False, config)
 
 
-def wgrad(dy: torch.Tensor, x: torch.Tensor, config: _configs.Config | None = None) -> torch.Tensor:
-    """Return dy [M, N].T @ x [M, K] as [N, K].
-
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
-    """
-    _launch.check_matrix("wgrad dy", dy)
-    _launch.check_matrix("wgrad x", x, like=dy)
+@prepared_once
+def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, Launch | None]:
+    """Return N, K, and the launch, if there is anything to compute; dw: what to add to, or None."""
+    dy, x = Operand(*dy), Operand(*x)
+    check_matrix("wgrad dy", dy)
+    check_matrix("wgrad x", x, like=dy)
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"wgrad: dy {tuple(dy.shape)} and x {tuple(x.shape)} differ in tokens (dim 0)")
     (M, N), K = dy.shape, x.shape[1]
-    if M == 0:
-        return dy.new_zeros((N, K))
-    dw = dy.new_empty((N, K))
-    config = config or _configs.select("wgrad", dy, N, K, _launch.aligned(dy, x, dw))
-    operands = _launch.operands(
-        config.USE_TMA,
-        (dy, (config.BLOCK_K, config.BLOCK_M)),
-        (x, (config.BLOCK_K, config.BLOCK_N)),
-        (dw, (config.BLOCK_M, config.BLOCK_N // 2 if config.SPLIT_EPILOGUE else config.BLOCK_N)),
+    out = fresh(N, K, dy, out_dtype)
+    if dw is not None:
+        check_contiguous("wgrad dw", Operand(*dw), (N, K), like=out._replace(dtype=torch.float32))
+        out = Operand(*dw)
+    if 0 in (M, N, K):
+        return N, K, None
+    config = config or _configs.select("wgrad", dy, N, K, aligned(dy, x, out))
+    launch = Launch(
+        wgrad_kernel,
+        grid(config, N, K),
+        views=(
+            (dy, (config.BLOCK_K, config.BLOCK_M)),
+            (x, (config.BLOCK_K, config.BLOCK_N)),
+            (out, (config.BLOCK_M, config.STORED_N)),
+        ),
+        scalars=(M, N, K, dy.strides[0], x.strides[0]),
+        constants=config.meta | {"ACCUMULATE": dw is not None, "PRECISION": _configs.PRECISION[arithmetic]},
     )
-    with _launch.on_device(dy):
-        wgrad_kernel[_launch.grid(config, N, K)](
-            *operands, M, N, K, dy.stride(0), x.stride(0),
-            PRECISION=_launch.precision(dy.dtype), **config.meta,
-        )  # fmt: skip
+    return N, K, launch
+
+
+def wgrad(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    config: _configs.Config | None = None,
+) -> torch.Tensor:
+    """Return dy [M, N].T @ x [M, K] as [N, K] in out_dtype (None: dy's).
+
+    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    """
+    out_dtype = out_dtype or dy.dtype
+    N, K, launch = _prepare_wgrad(
+        signature(dy), signature(x), None, out_dtype, _configs.arithmetic_of(dy.dtype), config
+    )
+    if launch is None:
+        return dy.new_zeros((N, K), dtype=out_dtype)
+    dw = dy.new_empty((N, K), dtype=out_dtype)
+    launch(dy, x, dw)
     return dw
+
+
+def wgrad_accumulate(
+    dw: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, config: _configs.Config | None = None
+) -> None:
+    """Add dy [M, N].T @ x [M, K] to dw [N, K], contiguous fp32, in place.
+
+    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    """
+    _, _, launch = _prepare_wgrad(
+        signature(dy), signature(x), signature(dw), dw.dtype, _configs.arithmetic_of(dy.dtype), config
+    )
+    if launch is not None:
+        launch(dy, x, dw)

@@ -8,12 +8,13 @@
     bench_eager    the analysed model at P=4 against eager
     bench_graph    the same inside CUDA graphs
     bench_shapes   the analysed model, decoding, a medium and a large layer inside CUDA graphs
+    bench_swiglu   the analysed model and a medium layer, gated, inside CUDA graphs
 
 It uses the packages of the python that runs it, installs nothing and needs no network. A step that fails or
 runs out of its time does not stop the next one; time that a step leaves over goes to the steps after it.
 
 Results: environment.json (machine, versions, commit; each step's command, status and seconds), log.txt,
-tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_shapes.json.
+tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_shapes.json, bench_swiglu.json.
 Exit status: 0 all passed; 1 a step failed; 2 no CUDA device, or wrong arguments.
 """
 
@@ -92,14 +93,15 @@ def plan(results: Path, budget: float) -> list[Step]:
         Step(
             "sanitizer",
             [*memcheck, *pytest, "-x", "-p", "no:xdist", "-k", "smoke", "tests/test_kernels.py"],
-            100 * share,
+            90 * share,
             # Each tensor in an allocation of its own: inside torch's pool an overrun lands in valid memory.
             environ={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip="" if sanitizer else "compute-sanitizer is not installed",
         ),
-        bench("eager", 50, "--tp", "4"),
-        bench("graph", 50, "--tp", "4", "--graph"),
-        bench("shapes", 100, "--shapes", "analysed,decode,medium,large", "--graph", plot=False),
+        bench("eager", 45, "--tp", "4"),
+        bench("graph", 45, "--tp", "4", "--graph"),
+        bench("shapes", 80, "--shapes", "analysed,decode,medium,large", "--graph", plot=False),
+        bench("swiglu", 40, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", plot=False),
     ]
 
 

@@ -1,31 +1,36 @@
 """Compile every configuration row ahead of time, without a GPU, and report what the assembler made of it.
 
     python tests/compile_gate.py --arch sm_90 [--kernel linear_act] [--all-activations] [--jobs 4] [--json]
+    python tests/compile_gate.py --all-activations --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
-One line (or JSON object) a variant: registers, stack bytes, spills inside the K loop, shared memory, tensor-core and
-asynchronous-copy instructions of the K loop, and a verdict. Exit status 1 when a row of an enforced architecture
-(sm_80, sm_90) spills, exceeds shared memory, or has lost its tensor cores or its pipeline.
+One line (or JSON object) a variant: registers, stack bytes, spills, shared memory, tensor-core and asynchronous-copy
+instructions of the K loop, atomics, and a verdict; or, in Markdown, one line a row. Exit status 1 when a row of an
+enforced architecture (sm_80, sm_90) spills, exceeds shared memory, uses atomics, or has lost its tensor cores or its
+pipeline.
 
 Run it in a process without TRITON_INTERPRET: triton decides when a kernel is decorated.
 """
 
 import argparse
 import json
-import re
+import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import triton
-from triton import knobs
+from compile_inspect import inspect_amd, inspect_nvidia
+from compile_report import ENFORCED, configurations, describe, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from tpffn_triton.kernels import column_sum, linear_act, linear_dact, matmul
-from tpffn_triton.kernels._configs import KERNELS, ODD_STRIDES, TABLES, Config
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
+from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,59 +38,92 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ENFORCED = ("sm_80", "sm_90")
-# Bytes a program may use. sm_80's rows also serve sm_86, sm_89 and sm_120, which have less than the A100.
-SHARED_LIMIT = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Kernel, and the block of each tensor argument as names of Config fields (n: BLOCK_N, halved by a split epilogue).
 SPECS = {
-    "linear_act": (linear_act.linear_act_kernel, {"x": "MK", "weight": "NK", "act": "Mn", "pre_act": "Mn"}, {}),
+    "linear_act": (linear_act.linear_act_kernel, {"x": "MK", "weight": "NK", "act": "Mn", "pre_act": "Mn"}),
     "linear_dact": (
         linear_dact.linear_dact_kernel,
         {"dy": "MK", "weight": "KN", "pre_act": "Mn", "d_pre": "Mn", "act": "Mn"},
-        {},
     ),
-    "linear": (matmul.matmul_kernel, {"a": "MK", "b": "NK", "out": "Mn"}, {"TRANS_B": True, "HAS_BIAS": True}),
-    "dgrad": (matmul.matmul_kernel, {"a": "MK", "b": "KN", "out": "Mn"}, {"TRANS_B": False, "HAS_BIAS": False}),
-    "wgrad": (matmul.wgrad_kernel, {"dy": "KM", "x": "KN", "dw": "Mn"}, {}),
+    "gated_linear_act": (
+        linear_act.gated_linear_act_kernel,
+        {"x": "MK", "weight": "NK", "act": "Mn", "gate": "Mn", "up": "Mn"},
+    ),
+    "gated_linear_dact": (
+        linear_dact.gated_linear_dact_kernel,
+        {"dy": "MK", "weight": "KN", "gate": "Mn", "up": "Mn", "d_gate": "Mn", "d_up": "Mn", "act": "Mn"},
+    ),
+    "linear": (matmul.matmul_kernel, {"a": "MK", "b": "NK", "out": "Mn"}),
+    "dgrad": (matmul.matmul_kernel, {"a": "MK", "b": "KN", "out": "Mn"}),
+    "wgrad": (matmul.wgrad_kernel, {"dy": "KM", "x": "KN", "dw": "Mn"}),
 }
+# Constants of the form that keeps most alive.
 FLAGS = {
     "linear_act": {"HAS_BIAS": True, "SAVE_PRE_ACT": True},
     "linear_dact": {"STORE_ACT": True, "STORE_DB": True},
+    "linear": {"TRANS_B": True, "HAS_BIAS": True},
+    "dgrad": {"TRANS_B": False, "HAS_BIAS": False},
 }
+FLAGS |= {f"gated_{kernel}": FLAGS[kernel] for kernel in ("linear_act", "linear_dact")}
+ADDED = "fp32 +="
+
+
+class Variant(NamedTuple):
+    """One compilation. `output` is the dtype of a wgrad's dw, or ADDED; of other kernels always `dtype`."""
+
+    arch: str
+    kernel: str
+    config: Config
+    arithmetic: str
+    dtype: str
+    activation: str | None
+    aligned: bool
+    output: str
+
+
+def activations_of(kernel: str) -> tuple:
+    """Return the activations of a kernel."""
+    if "act" not in kernel:
+        return (None,)
+    return tuple(GATED_ACTIVATIONS) if kernel.startswith("gated") else PLAIN_ACTIVATIONS
 
 
 def variants(arch: str, kernel: str, all_activations: bool):
-    """Yield (config, arithmetic, dtype, activation, aligned): every row with erf, the heaviest activation, in bf16 or
-    fp32; the first row and the row for odd strides with every activation; the first in fp16; all_activations: all."""
-    activations = PLAIN_ACTIVATIONS if kernel in FLAGS else (None,)
-    for arithmetic, dtype in (("16bit", "bf16"), ("16bit", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        rows = [(config, True) for config in TABLES[arch][kernel, arithmetic]] + [(ODD_STRIDES[arithmetic], False)]
-        for index, (config, aligned) in enumerate(rows):
-            for activation in activations:
-                heaviest = activation == activations[0]
-                extremes = index == 0 or not aligned
-                if all_activations or (dtype != "fp16" and (heaviest or extremes)) or (index == 0 and heaviest):
-                    yield config, arithmetic, dtype, activation, aligned
+    """Yield Variants: every row with the heaviest activations, and every form of wgrad, in bf16 or fp32; the first row
+    and the row for odd strides with every activation, unless IEEE; the first in fp16; all_activations: everything."""
+    activations = activations_of(kernel)
+    # By registers: gelu in the plain kernels; in the gated ones, either geglu.
+    heaviest = activations[:2] if kernel.startswith("gated") else activations[:1]
+    for row_kernel, arithmetic, config, aligned in configurations(arch):
+        if row_kernel != kernel:
+            continue
+        first = aligned and config == TABLES[arch][kernel, arithmetic][0]
+        extreme = (first or not aligned) and arithmetic != "ieee"
+        for dtype in ("bf16", "fp16") if arithmetic == "16bit" else ("fp32",):
+            outputs = dict.fromkeys((dtype, "fp32", ADDED)) if kernel == "wgrad" else (dtype,)
+            for activation, output in product(activations, outputs):
+                heavy = activation in heaviest
+                chosen = heavy and first if dtype == "fp16" else heavy or extreme
+                if all_activations or chosen:
+                    yield Variant(arch, kernel, config, arithmetic, dtype, activation, aligned, output)
 
 
-def signature(kernel: str, config: Config, dtype: str) -> tuple[dict, tuple]:
+def signature(variant: Variant) -> tuple[dict, tuple]:
     """Return the argument types, and the arguments divisible by 16 where the operands are aligned."""
-    function, blocks, _ = SPECS[kernel]
-    sizes = {
-        "M": config.BLOCK_M,
-        "N": config.BLOCK_N,
-        "K": config.BLOCK_K,
-        "n": config.BLOCK_N // 2 if config.SPLIT_EPILOGUE else config.BLOCK_N,
-    }
+    function, blocks = SPECS[variant.kernel]
+    config = variant.config
+    sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
+    dtypes = {"dw": variant.output.removesuffix(" +="), "db_partial_ptr": "fp32"}
     types, aligned = {}, []
     for name in function.arg_names:
+        dtype = dtypes.get(name, variant.dtype)
         if name in blocks and config.USE_TMA:
             rows, cols = (sizes[axis] for axis in blocks[name])
             types[name] = f"tensordesc<{dtype}[{rows}, {cols}]>"
         elif name in blocks or name.endswith("_ptr"):
-            types[name] = "*fp32" if name == "db_partial_ptr" else f"*{dtype}"
+            types[name] = f"*{dtype}"
             aligned.append(name)
         elif name.startswith("stride") or name in ("M", "N", "K"):
             types[name] = "i32"
@@ -96,127 +134,40 @@ def signature(kernel: str, config: Config, dtype: str) -> tuple[dict, tuple]:
     return types, tuple(aligned)
 
 
-def compile_variant(arch, kernel, config: Config, arithmetic, dtype, activation, aligned: bool):
-    """Compile one variant for `arch`; return the compiled kernel."""
-    function, _, constants = SPECS[kernel]
-    types, divisible = signature(kernel, config, dtype)
-    values = config.meta | constants | FLAGS.get(kernel, {})
-    values |= {"PRECISION": "ieee" if arithmetic == "ieee" else "tf32", "ACTIVATION": activation}
+def compile_variant(variant: Variant):
+    """Return the compiled kernel."""
+    function, _ = SPECS[variant.kernel]
+    types, divisible = signature(variant)
+    values = variant.config.meta | FLAGS.get(variant.kernel, {})
+    values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
+    if variant.activation:
+        values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     source = ASTSource(
         fn=function,
         signature=types,
         constexprs={name: values[name] for name, kind in types.items() if kind == "constexpr"},
-        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible if aligned},
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible if variant.aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return compile(source, target=TARGETS[arch], options=options)
+    options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
+    return compile(source, target=TARGETS[variant.arch], options=options)
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        sass = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
-    return registers, stack, sass
-
-
-def _k_loop(sass: str, instruction: str) -> str:
-    """Return the innermost loop with the most `instruction`s: the main loop."""
-    lines = sass.splitlines()
-    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    loops = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"BRA\S*\s+(?:\S+,\s*)?`\((\.L_x_\d+)\)", line)
-        if branch and labels.get(branch.group(1), i) < i:
-            loops.append((labels[branch.group(1)], i))
-    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = ["\n".join(lines[start : end + 1]) for start, end in innermost]
-    return max(bodies, key=lambda body: len(re.findall(rf"\b{instruction}", body)), default="")
-
-
-def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> dict:
-    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it."""
-    registers, stack, sass = _disassemble(compiled.asm["cubin"])
-
-    def count(pattern, text):
-        return len(re.findall(rf"\b{pattern}", text))
-
-    # Hopper has no HGMMA for transposed TF32 operands, so triton uses HMMA there.
-    tensor_core = r"\w*HG?MMA" if arithmetic == "tf32" else TENSOR_CORES[arch]
-    instruction = "FFMA" if arithmetic == "ieee" else tensor_core
-    loop = _k_loop(sass, instruction)
-    report = {
-        "registers": registers,
-        "stack": stack,
-        "spills": count("LDL", sass) + count("STL", sass),
-        "shared": compiled.metadata.shared,
-        "tensor_core": count(tensor_core, loop),
-        "async_copy": count(copy, loop) if copy else 0,
-    }
-    problems = []
-    if stack or report["spills"]:
-        problems.append(f"spills: {stack} bytes of stack, {report['spills']} LDL/STL")
-    if report["shared"] > SHARED_LIMIT[arch]:
-        problems.append(f"{report['shared']} bytes of shared memory exceed {SHARED_LIMIT[arch]}")
-    if arithmetic != "ieee":
-        if not report["tensor_core"]:
-            problems.append(f"no {tensor_core} in the K loop")
-        if copy and not report["async_copy"]:
-            problems.append(f"no {copy} in the K loop")
-    return report | {"problems": problems}
-
-
-def inspect_amd(compiled, arch: str) -> dict:
-    """Return resource use of a code object, with the list of what is wrong with it."""
-    assembly = compiled.asm["amdgcn"]
-
-    def field(name):
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
-
-    report = {
-        "registers": field("vgpr_count"),
-        "stack": field("private_segment_fixed_size"),
-        "spills": field("vgpr_spill_count"),
-        "shared": compiled.metadata.shared,
-        "tensor_core": assembly.count("v_mfma"),
-        "async_copy": 0,
-    }
-    problems = []
-    if report["spills"]:
-        problems.append(f"{report['spills']} spilled registers")
-    if report["shared"] > SHARED_LIMIT[arch]:
-        problems.append(f"{report['shared']} bytes of LDS exceed {SHARED_LIMIT[arch]}")
-    return report | {"problems": problems}
-
-
-def check(job) -> dict:
-    """Compile and inspect one (arch, kernel, config, arithmetic, dtype, activation, aligned)."""
-    arch, kernel, config, arithmetic, dtype, activation, aligned = job
-    tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
-    shape = f"{tile} w{config.num_warps} s{config.num_stages}"
-    shape += (
-        (" tma" if config.USE_TMA else " ptr")
-        + (" split" if config.SPLIT_EPILOGUE else "")
-        + ("" if aligned else " odd")
-    )
-    row = {"arch": arch, "kernel": kernel, "config": shape, "arithmetic": arithmetic, "dtype": dtype}
-    row |= {"activation": activation, "triton": triton.__version__}
+def check(variant: Variant) -> dict:
+    """Compile and inspect one variant."""
+    row = variant._asdict() | {"config": describe(variant.config, variant.aligned), "triton": triton.__version__}
+    del row["aligned"]
     try:
-        compiled = compile_variant(*job)
+        compiled = compile_variant(variant)
     except Exception as error:  # a compiler that gives up is a finding, not a crash of the gate
         last = (str(error).strip().splitlines() or [""])[-1]
         return row | {"problems": [f"{type(error).__name__}: {last[:200]}"]}
-    if arch.startswith("sm"):
+    if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
-        copy = "UTMALDG" if config.USE_TMA else "LDGSTS" if aligned else None
-        return row | inspect_nvidia(compiled, arch, arithmetic, copy)
-    return row | inspect_amd(compiled, arch)
+        copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if variant.aligned else None
+        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy)
+    else:
+        report = inspect_amd(compiled, variant.arch)
+    return row | report
 
 
 def check_column_sum(arch: str) -> dict:
@@ -231,8 +182,18 @@ def check_column_sum(arch: str) -> dict:
     }
     compiled = compile(ASTSource(fn=function, signature=types, constexprs=constants), target=TARGETS[arch])
     row = {"arch": arch, "kernel": "column_sum", "config": "-", "arithmetic": "ieee", "dtype": "fp32"}
-    row |= {"activation": None, "triton": triton.__version__}
+    row |= {"activation": None, "output": "bf16", "triton": triton.__version__}
     return row | (inspect_nvidia(compiled, arch, "ieee", None) if arch != "gfx942" else inspect_amd(compiled, arch))
+
+
+def check_with(folder: str, args: argparse.Namespace) -> list[dict]:
+    """Return the rows of the same command under the triton in `folder`."""
+    command = [sys.executable, __file__, "--json", f"--jobs={args.jobs}"]
+    command += [f"--arch={arch}" for arch in args.arch or ()] + [f"--kernel={kernel}" for kernel in args.kernel or ()]
+    command += ["--all-activations"] * args.all_activations
+    path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout)
 
 
 def main() -> int:
@@ -241,27 +202,28 @@ def main() -> int:
     parser.add_argument("--arch", choices=TARGETS, action="append", help="default: all; may be repeated")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all; may be repeated")
     parser.add_argument("--all-activations", action="store_true", help="every row with every activation and dtype")
+    parser.add_argument("--also", metavar="FOLDER", help="repeat everything with the triton in this folder")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a summary, one line a row")
     args = parser.parse_args()
     arches, kernels = args.arch or list(TARGETS), args.kernel or list(KERNELS)
-    jobs = [
-        (arch, kernel, *variant)
-        for arch in arches
-        for kernel in kernels
-        for variant in variants(arch, kernel, args.all_activations)
-    ]
+    jobs = [job for arch in arches for kernel in kernels for job in variants(arch, kernel, args.all_activations)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
         rows = list(pool.map(check, jobs))
     if not args.kernel:
         rows += [check_column_sum(arch) for arch in arches]
+    if args.also:
+        rows += check_with(args.also, args)
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
     if args.json:
         print(json.dumps(rows))
     else:
         for row in rows:
             facts = " ".join(f"{k}={row[k]}" for k in list(row)[7:] if k != "problems")
-            name = f"{row['arch']:<7}{row['kernel']:<12}{row['config']:<28}"
-            name += f"{row['dtype']:<6}{row['arithmetic']:<6}{row['activation']!s:<10}"
+            name = f"{row['arch']:<7}{row['kernel']:<18}{row['config']:<28}{row['arithmetic']:<6}"
+            name += f"{row['dtype']:<5}{row['output']:<8} {row['activation'] or '-':<11}"
             print(f"{name}{'; '.join(row['problems']) or 'ok'}  {facts}")
     return int(any(row["problems"] for row in rows if row["arch"] in ENFORCED))
 

@@ -1,10 +1,12 @@
-"""Send real launches through triton's JIT up to, but not including, the GPU: a driver that only names a target.
+"""Send real launches through triton's JIT up to, but not including, the GPU (bench/stubbed_launches.py).
 
     python tests/jit_launches.py sm_90
 
-Everything a launch does on the host happens: arguments are bound, specialised and compiled for the named architecture.
-What a GPU would compute does not: outputs stay as new_empty left them. Prints one JSON object: kernel →
-[launches, compiled variants].
+Runs layers forward and backward at several numbers of tokens and prints one JSON object:
+
+    launches     kernel → [launches, compiled variants]
+    operators    torch operators called by ffn and its launchers, forward and backward: what a CUDA graph would capture
+    addresses    of each tensor given to a prepared launch: whether the kernel received its address
 
 Run it in a process without TRITON_INTERPRET.
 """
@@ -12,63 +14,81 @@ Run it in a process without TRITON_INTERPRET.
 import json
 import sys
 from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from stubbed_launches import stub
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tpffn_triton as tp
-from tpffn_triton import interpreter
-from tpffn_triton.kernels import _configs
+from tpffn_triton import backends, ops
+from tpffn_triton.kernels._launch import Launch
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 # One configuration serves all of these; 1 and multiples of 16 are what triton specialises on.
 TOKENS = (1, 2, 15, 16, 33, 48, 63)
 
 
-class NamedTarget:
-    """A driver for triton that knows which GPU to compile for, and has none."""
+class Operators(TorchDispatchMode):
+    """Collect the names of all operators."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
 
-    def get_current_target(self) -> GPUTarget:
-        """Return the target."""
-        return self.target
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
-    def get_current_device(self) -> int:
-        """Return the only device."""
-        return 0
 
-    def get_current_stream(self, device: int) -> int:
-        """Return the default stream."""
-        return 0
+def step(layer, x, dy) -> None:
+    """Run forward and backward."""
+    y = layer(x)
+    torch.autograd.grad(y, (x, *layer.parameters()), dy)
 
 
 def main() -> None:
-    """Run a layer forward and backward for each number of tokens; print what was launched and compiled."""
-    arch = sys.argv[1]
-    triton.runtime.driver.set_active(NamedTarget(TARGETS[arch]))
-    interpreter.interpreting = lambda: True  # CPU tensors go to the Triton kernels ...
-    interpreter.install = lambda: None
-    _configs.arch_of = lambda device: arch
-    launches, variants = defaultdict(int), defaultdict(set)
-    run = JITFunction.run
+    """Print the findings."""
+    launches, variants, received = defaultdict(int), defaultdict(set), []
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)  # ... and stop before the launch
-        launches[self.fn.__name__] += 1
-        variants[self.fn.__name__].add(kernel.hash)
-        assert all(size > 0 for size in grid)
+    def launched(kernel: CompiledKernel):
+        launches[kernel.name] += 1
+        variants[kernel.name].add(kernel.hash)
 
-    JITFunction.run = compile_only
-    for tokens in TOKENS:
+    stub(sys.argv[1], launched)
+    layers = {}
+    for activation in ("gelu", "swiglu"):
         for size in (64, 61):
-            layer = tp.TensorParallelFFN(size, 2 * size, dtype=torch.bfloat16)
+            layers[activation, size] = tp.TensorParallelFFN(size, 2 * size, activation=activation, dtype=torch.bfloat16)
+    for tokens in TOKENS:
+        for (_, size), layer in layers.items():
             x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
-            layer(x).sum().backward()
-    print(json.dumps({name: [launches[name], len(variants[name])] for name in launches}))
+            step(layer, x, torch.randn_like(x))
+    counted = {name: [launches[name], len(variants[name])] for name in launches}
+
+    # Again, through prepared launches: with other tensors of the same signature, whose addresses must arrive.
+    prepared = Launch._with_descriptors
+
+    def with_descriptors(self, tensors):
+        arguments = prepared(self, tensors)
+        for tensor, argument in zip(tensors, arguments, strict=True):
+            given = argument.base if isinstance(argument, TensorDescriptor) else argument
+            received.append(given.data_ptr() == tensor.data_ptr())
+        return arguments
+
+    Launch._with_descriptors = with_descriptors
+    # The launchers themselves instead of the registered operators, inside of which a mode sees nothing.
+    ops.kernels = lambda *tensors: backends.implementation("cpu")
+    operators = Operators()
+    for (_, size), layer in layers.items():
+        x = torch.randn(TOKENS[-1], size, dtype=torch.bfloat16, requires_grad=True)
+        dy = torch.randn_like(x)
+        with operators:
+            step(layer, x, dy)
+    print(json.dumps({"launches": counted, "operators": sorted(operators.names), "addresses": received}))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,39 @@
-"""Count Triton kernel launches, compiled or interpreted."""
+"""See what runs: kernel launches, and the operators of torch.ops.tpffn."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
-from triton.runtime.interpreter import GridExecutor
-from triton.runtime.jit import JITFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpffn_triton.kernels._launch import Launch
 
 
 @contextlib.contextmanager
 def count_launches() -> Iterator[Counter]:
     """Yield a Counter: kernel name → launches inside the block."""
     counts: Counter = Counter()
-    call, run = GridExecutor.__call__, JITFunction.run
+    launch = Launch.__call__
 
-    def counted_call(self, *args, **kwargs):
-        counts[self.fn.__name__] += 1
-        return call(self, *args, **kwargs)
+    def counted(self, *tensors):
+        counts[self._kernel.fn.__name__] += 1
+        return launch(self, *tensors)
 
-    def counted_run(self, *args, warmup=False, **kwargs):
-        counts[self.fn.__name__] += not warmup
-        return run(self, *args, warmup=warmup, **kwargs)
-
-    GridExecutor.__call__, JITFunction.run = counted_call, counted_run
+    Launch.__call__ = counted
     try:
         yield counts
     finally:
-        GridExecutor.__call__, JITFunction.run = call, run
+        Launch.__call__ = launch
+
+
+class RecordOperators(TorchDispatchMode):
+    """Append the name of each tpffn operator that is called to `names`."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tpffn":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

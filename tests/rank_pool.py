@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tpffn_triton import interpreter
+
 
 class RankError(AssertionError):
     """One or more ranks raised; the message holds their tracebacks."""
@@ -43,6 +45,12 @@ def _serve(rank: int, world_size: int, port: int, backend: str, group_timeout: f
         except Exception as error:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
     dist.destroy_process_group()
+
+
+def use(implementation: str) -> None:
+    """Choose, on a rank, between the Triton kernels and the "native" path."""
+    interpreting = implementation != "native"
+    interpreter.interpreting = lambda: interpreting
 
 
 class Ranks:

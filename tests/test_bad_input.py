@@ -20,8 +20,10 @@ BAD_CALLS = [
     ({"w1": None}, TypeError, "w1 must be a tensor, got NoneType"),
     ({"x": t(4, 9)}, ValueError, r"x must be \[..., H=8\].*x \[4, 9\], w1 \[12, 8\]"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[..., H=8\]"),
-    ({"w1": t(12, 8, 1)}, ValueError, r"expected w1 \[F/P, H\].*w1 \[12, 8, 1\]"),
-    ({"w1": t(0, 8), "b1": None}, ValueError, "at least 1"),
+    ({"w1": t(12, 8, 1)}, ValueError, r"gelu expects w1 \[F/P, H\].*w1 \[12, 8, 1\]"),
+    ({"activation": "swiglu"}, ValueError, r"w2 must be \[8, 6\] beside w1 \[2F/P=12, H=8\] with swiglu"),
+    ({"activation": "geglu", "w1": t(11, 8)}, ValueError, r"geglu expects w1 \[2F/P, H\].*w1 \[11, 8\]"),
+    ({"activation": "swiglu", "w1": t(24, 8)}, ValueError, r"b1 must be \[24\].*b1 \[12\]"),
     ({"w2": t(8, 13)}, ValueError, r"w2 must be \[8, 12\].*w2 \[8, 13\]"),
     ({"w2": t(12, 8)}, ValueError, r"w2 must be \[8, 12\].*w2 \[12, 8\]"),
     ({"b1": t(8)}, ValueError, r"b1 must be \[12\].*b1 \[8\]"),
@@ -30,10 +32,11 @@ BAD_CALLS = [
     ({k: v.long() for k, v in GOOD.items()}, TypeError, "dtype torch.int64 is not one of torch.float32"),
     ({k: v.double() for k, v in GOOD.items()}, ValueError, "linear_act first operand: dtype torch.float64 is not one"),
     ({"w2": t(8, 12, device="meta")}, ValueError, "x cpu, w1 cpu, w2 meta"),
-    ({"activation": "swish"}, ValueError, "activation 'swish' is not one of gelu, gelu_tanh, silu, relu, relu2"),
+    ({"activation": "swish"}, ValueError, "activation 'swish' is not one of gelu, .*swiglu"),
     ({"activation": ["gelu"]}, ValueError, r"activation \['gelu'\] is not one of"),
     ({"save": "all"}, ValueError, "save 'all' is not one of pre_act, nothing"),
     ({"sequence_parallel": True}, ValueError, "sequence_parallel=True is not available"),
+    ({"gradient_accumulation_fusion": True, "w1": nn.Parameter(t(12, 8))}, ValueError, "w1.main_grad, .* got None"),
     ({"tp_group": "world"}, TypeError, "tp_group must be None, a ProcessGroup or a 1-D DeviceMesh, got str"),
 ]
 
@@ -77,6 +80,11 @@ def test_from_dense_rejects(fc1, fc2, error, message):
         tp.TensorParallelFFN.from_dense(fc1, fc2)
 
 
+def test_from_dense_of_a_gated_layer_wants_gate_and_up():
+    with pytest.raises(ValueError, match="fc1, gate and up: fc1 2 → 4, fc2 4 → 2"):
+        tp.TensorParallelFFN.from_dense(nn.Linear(2, 4), nn.Linear(4, 2), activation="swiglu")
+
+
 def test_sharding_rejects():
     w1, b1, w2, b2 = t(12, 8), t(12), t(8, 12), t(8)
     with pytest.raises(ValueError, match="ffn_hidden_size 12 is not divisible by the tensor-parallel world_size 5"):
@@ -87,6 +95,8 @@ def test_sharding_rejects():
     with pytest.raises(ValueError, match=r"w2 must be \[8, 12\]"):
         shard_ffn(w1, b1, w1, b2, 0, 4, activation="gelu")
     shards = [shard_ffn(w1, b1, w2, b2, r, 2, activation="gelu") for r in range(2)]
+    with pytest.raises(ValueError, match=r"swiglu expects w1 \[2F/P, H\].*w1 \[3, 8\]"):
+        unshard_ffn([(w1[:3], None, w2[:, :3], b2)], activation="swiglu")
     with pytest.raises(ValueError, match="at least one shard"):
         unshard_ffn([], activation="gelu")
     with pytest.raises(ValueError, match="shards differ in shape"):

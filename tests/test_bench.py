@@ -82,7 +82,7 @@ def test_two_spawned_ranks_yield_a_row_for_each_implementation_and_mode(spawned:
         assert row["comm_ms"] + row["compute_ms"] == pytest.approx(row["ms_p50"])
         assert 0 < row["max_rel_err"] < 1e-5
         assert row["error_vs_unfused"] < 3
-        assert row["tflops"] == pytest.approx(TINY.flops(row["mode"]) / row["ms_p50"] / 1e9)
+        assert row["tflops"] == pytest.approx(TINY.flops(row["mode"], "gelu") / row["ms_p50"] / 1e9)
         assert row["communication_included"] is True
         assert (row["backend"], row["collectives"], row["roofline_pct"]) == ("native", "gloo", None)
         assert row["iters"] == 3
@@ -112,6 +112,21 @@ def test_csv_and_plot_hold_the_same_rows(spawned: SimpleNamespace) -> None:
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
     assert sorted(p.name for p in spawned.out.iterdir()) == ["rows.csv", "rows.json", "rows.png"]
+
+
+def test_gated_activation_is_sharded_checked_and_timed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    done = run(BENCH, "--shapes=tiny", "--activation=swiglu", "--mode=fwd_bwd", "--quick", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "F=128, swiglu, fp32, P=2 (gloo)" in done.stdout
+    rows = json.loads(path.read_text())
+    assert [row["impl"] for row in rows] == ["unfused", "unfused-onednn", "fused"]
+    for row in rows:
+        assert (row["activation"], row["tp"], row["ranks"]) == ("swiglu", 2, 2)
+        assert 0 < row["max_rel_err"] < 1e-5
+        assert row["error_vs_unfused"] < 3
+        # 2·M·H·F/P with M=16 H=64 F/P=64, 9 times: 3 by each of w1's halves, 3 by w2.
+        assert row["tflops"] * row["ms_p50"] * 1e9 == pytest.approx(9 * 131_072)
 
 
 def test_torchrun_ranks_are_joined_and_rank_0_alone_writes(tmp_path: Path) -> None:
@@ -198,20 +213,28 @@ def doubled_db1(x, w1, b1, w2, b2, group):
     return torch.nn.functional.linear(hidden, w2, b2)
 
 
+def up_for_gate(x, w1, b1, w2, b2, group):
+    up, gate = torch.nn.functional.linear(x, w1, b1).chunk(2, -1)
+    return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2, b2)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "modes", "tensor"),
+    ("wrong", "modes", "tensor", "activation"),
     [
-        (without_b2, {"fwd", "fwd_bwd"}, "y"),
-        (tanh_for_erf, {"fwd", "fwd_bwd"}, "y"),
-        (not_a_number, {"fwd", "fwd_bwd"}, "y"),
-        (doubled_db1, {"fwd_bwd"}, "db1"),
+        (without_b2, {"fwd", "fwd_bwd"}, "y", "gelu"),
+        (tanh_for_erf, {"fwd", "fwd_bwd"}, "y", "gelu"),
+        (not_a_number, {"fwd", "fwd_bwd"}, "y", "gelu"),
+        (doubled_db1, {"fwd_bwd"}, "db1", "gelu"),
+        (up_for_gate, {"fwd", "fwd_bwd"}, "y", "swiglu"),
     ],
 )
-def test_wrong_implementation_is_refused(wrong, modes, tensor, one_rank, monkeypatch, tmp_path, capsys) -> None:
+def test_wrong_implementation_is_refused(
+    wrong, modes, tensor, activation, one_rank, monkeypatch, tmp_path, capsys
+) -> None:
     bad = implementations.Implementation("wrong", "", lambda activation: wrong)
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "wrong", bad)
     path = tmp_path / "rows.json"
-    assert one_rank("--impl", "unfused,wrong", "--json", str(path)) == 1
+    assert one_rank("--impl", "unfused,wrong", "--activation", activation, "--json", str(path)) == 1
     timed = {(r["impl"], r["mode"]) for r in json.loads(path.read_text())}
     assert timed == {(i, m) for i in ("unfused", "wrong") for m in ("fwd", "fwd_bwd")} - {("wrong", m) for m in modes}
     captured = capsys.readouterr()
@@ -297,10 +320,13 @@ def test_fewer_gpus_than_ranks_time_one_shard(one_rank, monkeypatch: pytest.Monk
         cuda_settings(monkeypatch, 1)
 
 
-def test_one_shard_is_checked_timed_and_labelled(one_rank, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_one_shard_is_checked_timed_and_labelled(activation, one_rank) -> None:
     """What a single GPU runs, rehearsed on the CPU: rank 0's shard of P=2 without a group."""
     (settings,) = ffn_bench.settings_of(
-        ffn_bench.build_parser().parse_args(["--shapes", "tiny", "--quick"]), "cpu", "command"
+        ffn_bench.build_parser().parse_args(["--shapes", "tiny", "--quick", "--activation", activation]),
+        "cpu",
+        "command",
     )
     one_shard = measure.Settings(**{**vars(settings), "one_shard": True})
     result = ranks.run(measure.measure, one_shard, 1, "cpu")

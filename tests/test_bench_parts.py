@@ -26,7 +26,7 @@ import timing
 import workloads
 
 from tpffn_triton import collectives
-from tpffn_triton.plan import plan_ffn
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.sharding import unshard_ffn
 
 pytestmark = pytest.mark.cpu_only
@@ -35,9 +35,9 @@ ALONE = ranks.Rank(0, 1, torch.device("cpu"), 1, None)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str) -> None:
-    own = workloads.shard(workloads.draw(TINY, dtype, ALONE.device), 0, 1, activation)
+    own = workloads.shard(workloads.draw(TINY, dtype, activation, ALONE.device), 0, 1, activation)
     reference = workloads.expected(own, "fwd_bwd", activation)
     for implementation in implementations.chosen(("unfused",), "cpu", dtype):
         step = steps.make_step(implementation.build(activation), own, None, "fwd_bwd", graph=False)
@@ -45,19 +45,21 @@ def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str
         assert 0 < error < measure.error_bound(dtype, activation) / 2
 
 
-def test_expected_gradients_are_the_shards_of_the_whole() -> None:
-    full = workloads.draw(TINY, "fp32", torch.device("cpu"))
-    whole = workloads.expected(full, "fwd_bwd", "silu")
-    parts = [workloads.expected(full, "fwd_bwd", "silu", rank, 2) for rank in range(2)]
+@pytest.mark.parametrize("activation", ["silu", "swiglu"])
+def test_expected_gradients_are_the_shards_of_the_whole(activation: str) -> None:
+    full = workloads.draw(TINY, "fp32", activation, torch.device("cpu"))
+    whole = workloads.expected(full, "fwd_bwd", activation)
+    parts = [workloads.expected(full, "fwd_bwd", activation, rank, 2) for rank in range(2)]
     shards = [(p["dw1"], p["db1"], p["dw2"], p["db2"]) for p in parts]
-    for name, t in zip(("dw1", "db1", "dw2", "db2"), unshard_ffn(shards, activation="silu"), strict=True):
+    for name, t in zip(("dw1", "db1", "dw2", "db2"), unshard_ffn(shards, activation=activation), strict=True):
         assert t.dtype == torch.float64
         torch.testing.assert_close(t, whole[name], rtol=0, atol=0)
 
 
 def test_problem_is_the_same_every_time_and_on_every_rank() -> None:
-    first, second = (workloads.draw(TINY, "bf16", torch.device("cpu")) for _ in range(2))
+    first, second = (workloads.draw(TINY, "bf16", "geglu", torch.device("cpu")) for _ in range(2))
     assert all(torch.equal(t, second.leaves()[name]) for name, t in first.leaves().items())
+    assert (first.w1.shape, first.b1.shape, first.w2.shape) == ((256, 64), (256,), (64, 128))
     assert first.w1.dtype == torch.bfloat16
     assert first.w1.abs().max() <= 64**-0.5
 
@@ -83,29 +85,34 @@ def test_rounds_interleave_and_each_implementation_leads_in_turn() -> None:
     assert timing.rounds_within(10, (3, 50), lambda: 0, ALONE) == 50
 
 
-def test_flops_and_bytes_agree_with_the_plan() -> None:
-    for shape in workloads.SHAPES.values():
-        plan = plan_ffn(shape.batch, shape.seq, shape.hidden, shape.ffn, shape.tp, dtype="bf16")
-        assert shape.flops("fwd_bwd") == sum(gemm.flops for gemm in plan.gemms)
-        assert sum(flops for flops, _ in shape.pass_floors("fwd_bwd", "bf16")) == shape.flops("fwd_bwd")
+def test_flops_and_bytes_of_the_passes_by_hand() -> None:
+    m, h, f = 16, 64, 64  # f: F/P
+    for activation, width in (("relu", f), ("geglu_tanh", 2 * f)):
+        weights = width * h + width + h * f + h
+        forward = (2 * m * h * (width + f), 2 * (2 * m * h + weights))
+        backward = (2 * forward[0], 2 * (3 * m * h + width * h + h * f + weights))
+        assert TINY.pass_floors("fwd", "fp16", activation) == [forward]
+        assert TINY.pass_floors("fwd_bwd", "fp16", activation) == [forward, backward]
+        assert TINY.pass_floors("fwd", "tf32", activation) == [(forward[0], 2 * forward[1])]
+        assert TINY.flops("fwd_bwd", activation) == 3 * forward[0]
 
 
 def test_floors_on_a_known_device_and_none_on_others() -> None:
     analysed, decode = workloads.SHAPES["analysed"], workloads.SHAPES["decode"]
     h100 = "NVIDIA H100 80GB HBM3"
-    assert environment.floor_ms(h100, "bf16", analysed.pass_floors("fwd", "bf16")) == pytest.approx(0.0054, rel=0.02)
-    assert environment.floor_ms(h100, "bf16", decode.pass_floors("fwd", "bf16")) == pytest.approx(0.039, rel=0.03)
-    assert environment.floor_ms(h100, "bf16", decode.pass_floors("fwd_bwd", "bf16")) == pytest.approx(0.117, rel=0.03)
+    for shape, mode, ms in ((analysed, "fwd", 0.0054), (decode, "fwd", 0.039), (decode, "fwd_bwd", 0.117)):
+        passes = shape.pass_floors(mode, "bf16", "gelu")
+        assert environment.floor_ms(h100, "bf16", passes) == pytest.approx(ms, rel=0.03)
     for unknown in ("Intel(R) Xeon(R) Processor", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert environment.ceiling(unknown) is None
-        assert environment.floor_ms(unknown, "bf16", analysed.pass_floors("fwd", "bf16")) is None
+        assert environment.floor_ms(unknown, "bf16", analysed.pass_floors("fwd", "bf16", "gelu")) is None
 
 
 def test_peak_memory_counts_what_a_step_allocates() -> None:
     def forward(x, w1, b1, w2, b2, group):
         return torch.ones(64 << 20, dtype=torch.uint8)[: x.numel()].view(x.shape)
 
-    own = workloads.shard(workloads.draw(TINY, "fp32", ALONE.device), 0, 1, "gelu")
+    own = workloads.shard(workloads.draw(TINY, "fp32", "gelu", ALONE.device), 0, 1, "gelu")
     peak = memory.peak_bytes(steps.Step(forward, own, None, "fwd"), ALONE)
     if peak is None:
         pytest.skip("this kernel does not tell")
@@ -188,7 +195,7 @@ def test_cuda_clock_replays_a_graph_behind_the_flush_without_observing(monkeypat
 
 def test_captured_results_are_nan_until_a_replay_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    own = workloads.shard(workloads.draw(TINY, "fp32", torch.device("cpu")), 0, 1, "gelu")
+    own = workloads.shard(workloads.draw(TINY, "fp32", "gelu", torch.device("cpu")), 0, 1, "gelu")
     forward = implementations.IMPLEMENTATIONS["unfused"].build("gelu")
     step = steps.CapturedStep(forward, own, None, "fwd_bwd")
     assert set(step.outputs()) == {"y", "dx", "dw1", "db1", "dw2", "db2"}

@@ -7,24 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
-from launches import count_launches
-from rank_pool import Ranks
+from launches import RecordOperators, count_launches
+from rank_pool import Ranks, use
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 import tpffn_triton as tp
-from tpffn_triton import collectives, functional, interpreter, ops
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton import collectives, functional, passes
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.sharding import unshard_ffn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORLD_SIZES = [2, 4]
-
-
-def use(implementation):
-    """Choose between the Triton kernels and the native path on this rank."""
-    interpreting = implementation != "native"
-    interpreter.interpreting = lambda: interpreting
 
 
 def rank_device():
@@ -54,16 +48,16 @@ def matches_reference(rank, world_size, implementation, activation, dtype, optio
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("implementation", ["triton", "native"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_equal_the_unsharded_reference(world_size, activation, dtype, implementation, ranks_of):
-    save = "nothing" if activation == "silu" else "pre_act"
+    save = "nothing" if activation in ("silu", "geglu") else "pre_act"
     ranks_of(world_size).run(matches_reference, implementation, activation, dtype, {"save": save})
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gpus_equal_the_unsharded_reference(activation, dtype):
     ranks = Ranks(2, "nccl")
     try:
@@ -151,28 +145,27 @@ def order_of_backward(rank, world_size):
     use("native")
     problem = draw((4, 8), 32, 48)
     events = []
+    originals = {name: getattr(passes, name) for name in ("start_all_reduce", "wait")}
 
     def recorded(name, function):
         return lambda *args: events.append(name) or function(*args)
 
-    patched = {"start_all_reduce": functional.start_all_reduce, "wait": functional.wait}
-    originals = patched | {name: getattr(ops, name) for name in ("dgrad", "wgrad", "column_sum")}
     try:
-        for name in patched:
-            setattr(functional, name, recorded(name, patched[name]))
-        for name in ("dgrad", "wgrad", "column_sum"):
-            setattr(ops, name, recorded(name, originals[name]))
-        ours(problem, rank, world_size, dist.group.WORLD)
+        for name, function in originals.items():
+            setattr(passes, name, recorded(name, function))
+        with RecordOperators(events):
+            ours(problem, rank, world_size, dist.group.WORLD)
     finally:
         for name, function in originals.items():
-            setattr(functional if name in patched else ops, name, function)
+            setattr(passes, name, function)
     return events
 
 
 @pytest.mark.cpu_only
 def test_dx_is_in_flight_behind_every_weight_gradient(ranks_of):
     for events in ranks_of(2).run(order_of_backward):
-        assert events == ["dgrad", "start_all_reduce", "wgrad", "wgrad", "column_sum", "wait"]
+        backward = ["linear_dact", "dgrad", "start_all_reduce", "wgrad", "wgrad", "column_sum", "wait"]
+        assert events == ["linear_act", "linear", *backward]
 
 
 def frozen_input(rank, world_size):

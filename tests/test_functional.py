@@ -6,27 +6,28 @@ import pytest
 import torch
 from acceptance import assert_accurate, assert_exact
 from ffn_cases import NAMES, assert_all_accurate, draw, eager, exact, ours, results
-from launches import count_launches
-from torch.utils.checkpoint import checkpoint
+from launches import RecordOperators, count_launches
 
 import tpffn_triton as tp
-from tpffn_triton import ops
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tpffn_triton.reference import ffn_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def small_integers(problem):
-    """Replace the values of a problem by their signs."""
-    for name in ("x", "dy", "w1", "w2", "b1", "b2"):
+    """Replace the values of a problem by their signs; gates move to ±128, where gelu is exactly identity or zero."""
+    for name in ("x", "dy", "w1", "w2", *(("b1", "b2") if problem.b1 is not None else ())):
         setattr(problem, name, getattr(problem, name).sign())
+    if problem.activation in GATED_ACTIVATIONS:
+        F = problem.w2.shape[1]
+        problem.b1[:F] += 128 * (1 - 2 * (torch.arange(F, device=problem.b1.device) % 2)).to(problem.b1.dtype)
     return problem
 
 
 @pytest.mark.parametrize("save", ["pre_act", "nothing"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_and_gradients(activation, dtype, save, implementation, device):
     problem = draw((3, 40), 64, 96, activation=activation, dtype=dtype, device=device)
     assert_all_accurate(ours(problem, save=save), eager(problem), exact(problem))
@@ -39,7 +40,7 @@ def test_no_bias(device):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "geglu"])
 def test_small_integers_are_exact(activation, device):
     """Every tensor is the exact result, rounded once: nothing is dropped, doubled or rounded in between."""
     problem = small_integers(draw((5, 7), 24, 40, activation=activation, device=device))
@@ -47,21 +48,54 @@ def test_small_integers_are_exact(activation, device):
         assert_exact(name, mine, right)
 
 
+SIZES = st.one_of(st.integers(0, 70), st.sampled_from([1, 2, 31, 64, 97, 128, 131, 160]))
+
+
 @hypothesis.given(
-    tokens=st.integers(0, 70),
-    H=st.integers(1, 70),
-    F=st.integers(1, 70),
-    activation_and_dtype=st.sampled_from([("relu2", torch.float32), *(("relu", dtype) for dtype in DTYPES)]),
+    tokens=SIZES,
+    H=SIZES,
+    F=SIZES,
+    # relu2 and geglu multiply past what 16 bits hold exactly; with relu only the store rounds.
+    activation_and_dtype=st.sampled_from(
+        [("relu2", torch.float32), ("geglu", torch.float32), *(("relu", dtype) for dtype in DTYPES)]
+    ),
+    bias=st.booleans(),
+    save=st.sampled_from(["pre_act", "nothing"]),
 )
 # On a GPU each new divisibility of H and F compiles its own variants.
-@hypothesis.settings(max_examples=8 if torch.cuda.is_available() else 30, deadline=None)
-def test_any_shape_is_exact_on_small_integers(tokens, H, F, activation_and_dtype):
-    """relu2 squares past what 16 bits hold exactly; everywhere else only the store rounds."""
+@hypothesis.settings(max_examples=8 if torch.cuda.is_available() else 60, deadline=None)
+def test_any_shape_is_exact_on_small_integers(tokens, H, F, activation_and_dtype, bias, save):
+    """From nothing to several tiles, primes included, H and F/P by themselves."""
     activation, dtype = activation_and_dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = small_integers(draw((tokens,), H, F, activation=activation, dtype=dtype, device=device))
-    for name, mine, right in zip(NAMES, ours(problem), exact(problem), strict=True):
-        assert_exact(name, mine, right)
+    bias = bias or activation == "geglu"
+    problem = draw((tokens,), H, F, activation=activation, dtype=dtype, device=device, bias=bias)
+    for name, mine, right in zip(NAMES, ours(small_integers(problem), save=save), exact(problem), strict=True):
+        if right is not None:
+            assert_exact(name, mine, right)
+
+
+@hypothesis.given(row_gap=st.integers(0, 9), offset=st.integers(0, 9), step=st.integers(1, 3), transposed=st.booleans())
+@hypothesis.settings(max_examples=8 if torch.cuda.is_available() else 40, deadline=None)
+def test_any_strides_are_exact_on_small_integers(row_gap, offset, step, transposed):
+    """x, dy and both weights as slices of wider, shifted, strided or transposed tensors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = small_integers(draw((33,), 40, 24, activation="relu", dtype=torch.bfloat16, device=device))
+
+    def strided(t):
+        rows, cols = t.shape[::-1] if transposed else t.shape
+        wide = torch.full((rows, offset + step * cols + row_gap), float("nan"), dtype=t.dtype, device=device)
+        view = wide[:, offset : offset + step * cols : step]
+        return (view.t() if transposed else view).copy_(t)
+
+    right = exact(problem)
+    leaves = [strided(t) for t in (problem.x, problem.w1, problem.w2)]
+    leaves = [t.requires_grad_() for t in (*leaves, problem.b1.clone(), problem.b2.clone())]
+    y = tp.ffn(*leaves, activation="relu")
+    for name, mine, expected in zip(
+        NAMES, (y, *torch.autograd.grad(y, leaves, strided(problem.dy))), right, strict=True
+    ):
+        assert_exact(name, mine, expected)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -121,23 +155,6 @@ def test_gradient_of_a_sum_has_zero_strides(device):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_and_retain_graph(reentrant, device):
-    problem = draw((6,), 32, 48, device=device)
-    plain = ours(problem)
-    leaves = [t.detach().requires_grad_() for t in problem.leaves()]
-    y = checkpoint(tp.ffn, *leaves, use_reentrant=reentrant)
-    y.backward(problem.dy)
-    assert all(torch.equal(t.grad, right) for t, right in zip(leaves, plain[1:], strict=True))
-
-    leaves = [t.detach().requires_grad_() for t in problem.leaves()]
-    y = tp.ffn(*leaves)
-    y.backward(problem.dy, retain_graph=True)
-    y.backward(problem.dy)
-    assert all(torch.equal(t.grad, 2 * right) for t, right in zip(leaves, plain[1:], strict=True))
-
-
-@pytest.mark.usefixtures("implementation")
 def test_one_layer_used_twice(device):
     """Gradients of both uses add up, as with the reference."""
     problem = draw((6,), 32, 48, device=device)
@@ -162,14 +179,9 @@ FROZEN = [
 ]
 
 
-def recorded(calls, name, function):
-    """Wrap a function so that each call appends its name to `calls`."""
-    return lambda *args: calls.append(name) or function(*args)
-
-
 @pytest.mark.parametrize("save", ["pre_act", "nothing"])
 @pytest.mark.parametrize(("wanted", "expected", "saved_count"), FROZEN, ids=[f[0] for f in FROZEN])
-def test_frozen_tensors_cost_nothing(wanted, expected, saved_count, save, implementation, device, monkeypatch):
+def test_frozen_tensors_cost_nothing(wanted, expected, saved_count, save, implementation, device):
     """Only what a wanted gradient needs is computed and saved, and it is the full run's gradient."""
     problem = draw((6,), 32, 48, device=device)
     full = dict(zip(NAMES, ours(problem, save=save), strict=True))
@@ -180,9 +192,8 @@ def test_frozen_tensors_cost_nothing(wanted, expected, saved_count, save, implem
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = tp.ffn(**leaves, save=save)
     calls = []
-    for op in ("linear_act", "linear", "linear_dact", "dgrad", "wgrad", "column_sum"):
-        monkeypatch.setattr(ops, op, recorded(calls, op, getattr(ops, op)))
-    y.backward(problem.dy)
+    with RecordOperators(calls):
+        y.backward(problem.dy)
     if save == "nothing" and wanted != "b2":
         expected = expected | {"linear_act": 1}
         assert not any(t.shape == (6, 48) for t in saved), "an activation was saved"
@@ -207,27 +218,6 @@ def test_no_grad_saves_nothing(device):
     assert_accurate("y", y, eager(problem)[0], exact(problem)[0])
 
 
-@pytest.mark.usefixtures("implementation")
-def test_save_modes_keep_what_they_say(device):
-    """Beside x and the parameters: one [M, F/P] tensor, or nothing."""
-    problem = draw((6,), 32, 48, device=device)
-    for save, kept in (("pre_act", 1), ("nothing", 0)):
-        leaves = [t.detach().requires_grad_() for t in problem.leaves()]
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
-            tp.ffn(*leaves, save=save)
-        own = {t.data_ptr() for t in leaves}
-        assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(6, 48)] * kept
-
-
-def test_double_backward_is_refused(device):
-    problem = draw((6,), 32, 48, device=device)
-    leaves = [t.requires_grad_() for t in problem.leaves()]
-    (dx,) = torch.autograd.grad(tp.ffn(*leaves).square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_kernel_launches(device):
     """One launch forward for Linear1, bias and activation; three for Linear2's and Linear1's data gradients."""
     problem = draw((130,), 64, 96, dtype=torch.bfloat16, device=device)
@@ -239,59 +229,3 @@ def test_kernel_launches(device):
         y.backward(problem.dy)
     # db1's partials need one pass, db2's 130 rows two.
     assert backward == {"linear_dact_kernel": 1, "matmul_kernel": 1, "wgrad_kernel": 2, "column_sum_kernel": 3}
-
-
-@pytest.mark.cpu_only
-def test_fp64_on_the_native_path(monkeypatch):
-    monkeypatch.setattr("tpffn_triton.interpreter.interpreting", lambda: False)
-    problem = draw((4,), 6, 8, activation="gelu_tanh", dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in problem.leaves()]
-    assert torch.autograd.gradcheck(lambda *t: tp.ffn(*t, activation="gelu_tanh"), leaves)
-
-
-@pytest.mark.usefixtures("implementation")
-def test_compiled_whole_at_any_number_of_tokens(device):
-    """torch.compile(fullgraph=True), the second size included: dynamo then traces symbolic shapes."""
-    compiled = torch.compile(tp.ffn, fullgraph=True, backend="aot_eager")
-    for tokens in (6, 9, 17):
-        problem = draw((tokens,), 32, 48, device=device)
-        for mine, right in zip(results(compiled, problem.leaves(), problem.dy), ours(problem), strict=True):
-            assert torch.equal(mine, right)
-
-
-@pytest.mark.cpu_only
-@pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_autocast_does_not_change_the_dtype_half_way(dtype):
-    problem = draw((6,), 32, 48, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ours(problem)
-    for mine, right in zip(inside, ours(problem), strict=True):
-        assert torch.equal(mine, right)
-
-
-@pytest.mark.gpu
-def test_cuda_graph_replays_bit_for_bit():
-    """Forward and backward in one graph."""
-    problem = draw((256,), 256, 512, dtype=torch.bfloat16, device="cuda")
-    right = ours(problem)
-    leaves = [t.requires_grad_() for t in problem.leaves()]
-
-    def step():
-        y = tp.ffn(*leaves)
-        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(3):
-        for t in captured:
-            t.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(captured, right, strict=True))

@@ -24,7 +24,9 @@ LAYERS = (
     ("native",),
     ("backends", "agreement"),
     ("ops", "validation"),
-    ("sharding", "functional", "plan"),
+    ("sharding", "passes", "plan"),
+    ("transforms",),
+    ("functional",),
     ("module",),
     ("__init__", "__main__"),
 )

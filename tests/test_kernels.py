@@ -8,12 +8,12 @@ from acceptance import assert_accurate, assert_exact
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
 from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
-from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
-from tpffn_triton.reference import ACTIVATIONS
+from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
+from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreter.install()
@@ -40,23 +40,34 @@ def integers(*shape, dtype, device, seed=0):
 def eager_linear_act(x, weight, bias, activation):
     """Return (act, pre_act) by separate torch operations."""
     pre_act = F.linear(x, weight, bias)
-    return ACTIVATIONS[activation](pre_act), pre_act
+    return REFERENCE[activation](pre_act), pre_act
 
 
 def eager_linear_dact(dy, weight, pre_act, activation):
     """Return (d_pre, act, db) by separate torch operations and autograd."""
     z = pre_act.detach().requires_grad_()
-    act = ACTIVATIONS[activation](z)
+    act = REFERENCE[activation](z)
     (d_pre,) = torch.autograd.grad(act, z, dy @ weight)
     return d_pre, act.detach(), d_pre.sum(0)
 
 
+def saturate_gates(t):
+    """Move the gate columns of a tensor of signs, products of signs or zeros to ±64 and around, where gelu is exactly
+    the identity or zero, so that geglu is exact too."""
+    N = t.shape[-1] // 2
+    t[..., :N] += 64 * (1 - 2 * (torch.arange(N, device=t.device) % 2)).to(t.dtype)
+
+
 def check_linear_act(draw, compare, shape, activation, dtype, device, config=None):
     M, N, K = shape
-    args = [draw(M, K, dtype=dtype, device=device), draw(N, K, dtype=dtype, device=device, seed=1)]
-    args += [draw(N, dtype=dtype, device=device, seed=2)]
+    width = 2 * N if activation in GATED_ACTIVATIONS else N
+    args = [draw(M, K, dtype=dtype, device=device), draw(width, K, dtype=dtype, device=device, seed=1)]
+    args += [draw(width, dtype=dtype, device=device, seed=2)]
     if draw is randn:
         args[1] /= K**0.5
+    elif width > N:
+        args = [t.sign() for t in args]
+        saturate_gates(args[2])
     act, pre_act = linear_act(*args, activation, True, config)
     eager = eager_linear_act(*args, activation)
     exact = eager_linear_act(*(t.double() for t in args), activation)
@@ -70,17 +81,21 @@ def check_linear_act(draw, compare, shape, activation, dtype, device, config=Non
 def check_linear_dact(draw, compare, shape, activation, dtype, device, config=None):
     M, N, K = shape
     args = [draw(M, K, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
-    args += [draw(M, N, dtype=dtype, device=device, seed=2)]
+    width = 2 * N if activation in GATED_ACTIVATIONS else N
+    args += [draw(M, width, dtype=dtype, device=device, seed=2)]
     if draw is randn:
         args[1] /= K**0.5
-    ours = linear_dact(*args, activation, True, True, config)
+    elif width > N:
+        args = [t.sign() for t in args]
+        saturate_gates(args[2])
+    ours = linear_dact(*args, activation, True, args[0].dtype, config)
     eager = eager_linear_dact(*args, activation)
     exact = eager_linear_dact(*(t.double() for t in args), activation)
     for name, *tensors in zip(("d_pre", "act"), ours[:2], eager[:2], exact[:2], strict=True):
         compare(name, *tensors)
     # The interpreter adds a tile's rows one after the other, a GPU pairwise: twice the noise of one rounding.
     compare("db", ours[2], eager[2], exact[2], noise=2 * exact[0].square().sum(0).sqrt())
-    d_pre, act, db = linear_dact(*args, activation, False, False, config)
+    d_pre, act, db = linear_dact(*args, activation, False, None, config)
     assert torch.equal(d_pre, ours[0])
     assert act.shape == db.shape == (0,)
 
@@ -96,7 +111,12 @@ def check_gemm(draw, compare, kernel, shape, dtype, device, config=None):
         ours, eager = dgrad(*args, config), torch.matmul
     else:
         args = [draw(K, M, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
-        ours, eager = wgrad(*args, config), lambda dy, x: dy.t() @ x
+        ours, eager = wgrad(*args, config=config), lambda dy, x: dy.t() @ x
+        in_fp32 = wgrad(*args, torch.float32, config)
+        compare("wgrad in fp32", in_fp32, eager(*(t.float() for t in args)), eager(*(t.double() for t in args)))
+        accumulated = in_fp32.clone()
+        wgrad_accumulate(accumulated, *args, config)
+        assert torch.equal(accumulated, 2 * in_fp32)
     compare(kernel, ours, eager(*args), eager(*(t.double() for t in args)))
 
 
@@ -105,14 +125,14 @@ def compare_exact(name, ours, eager, exact, noise=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_act(shape, activation, dtype, device):
     check_linear_act(randn, assert_accurate, SHAPES[shape], activation, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_dact(shape, activation, dtype, device):
     check_linear_dact(randn, assert_accurate, SHAPES[shape], activation, dtype, device)
@@ -127,7 +147,7 @@ def test_gemm(shape, kernel, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [None, TINY], ids=["table", "tiny"])
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "geglu"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_small_integers_are_exact(shape, activation, config, dtype, device):
     """Nothing rounds before the store: a skipped K tile, a lost row or a second rounding shows in the bits."""
@@ -160,10 +180,12 @@ def test_every_configuration_row(kernel, arithmetic, config, device):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
     try:
-        if kernel == "linear_act":
-            check_linear_act(integers, compare_exact, shape, "relu", dtype, device, config)
-        elif kernel == "linear_dact":
-            check_linear_dact(integers, compare_exact, shape, "relu2", dtype, device, config)
+        if kernel.endswith("linear_act"):
+            activation = "geglu" if kernel.startswith("gated") else "relu"
+            check_linear_act(integers, compare_exact, shape, activation, dtype, device, config)
+        elif kernel.endswith("linear_dact"):
+            activation = "geglu" if kernel.startswith("gated") else "relu2"
+            check_linear_dact(integers, compare_exact, shape, activation, dtype, device, config)
         else:
             check_gemm(integers, compare_exact, kernel, shape, dtype, device, config)
     finally:
@@ -204,27 +226,15 @@ def test_missing_bias_and_padded_rows(dtype, device):
     assert_exact("wgrad", wgrad(dy, x), dy.double().t() @ x.double())
 
 
-def test_a_step_through_the_reduction_past_two_to_the_31(device):
-    """Tokens 2²⁶ elements apart: 32 of them, one step of the pointer path through wgrad's reduction, pass 32 bits."""
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
-        pytest.skip("needs 8 GiB of GPU memory")
-    stride, tokens = 2**26 + 8, 40
-    far = torch.empty((tokens - 1) * stride + 16, dtype=torch.bfloat16, device=device)
-    far = far.as_strided((tokens, 16), (stride, 1))
-    near = integers(tokens, 16, dtype=torch.bfloat16, device=device)
-    far.copy_(near)
-    assert_exact("wgrad", wgrad(far, near, TINY), near.double().t() @ near.double())
-    assert_exact("wgrad", wgrad(near, far, TINY), near.double().t() @ near.double())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_tma_cannot_address(dtype, device):
     """A base that is not 16-byte aligned, and rows that overlap, go to the pointer kernels."""
     wide, weight = integers(40, 96, dtype=dtype, device=device), integers(24, 64, dtype=dtype, device=device)
     odd_base, same_row = wide[:, 1:65], wide[:1, :64].expand(40, 64)
-    assert not _launch.aligned(odd_base)
-    assert not _launch.aligned(same_row)
-    assert _launch.aligned(wide[:, 8:72])
+    odd, same, good = (_launch.Operand(*_launch.signature(t)) for t in (odd_base, same_row, wide[:, 8:72]))
+    assert not _launch.aligned(odd)
+    assert not _launch.aligned(same)
+    assert _launch.aligned(good)
     for x in (odd_base, same_row):
         assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
         assert_exact("wgrad", wgrad(x, x), x.double().t() @ x.double())
@@ -238,59 +248,33 @@ def test_launches_follow_their_tensors_device():
     assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
 
 
-@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
-def test_fp32_precision_follows_torch(setting):
-    """By set_float32_matmul_precision and by the newer fp32_precision."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
-    expected = "ieee" if setting == "highest" else "tf32"
-    try:
-        torch.set_float32_matmul_precision(setting)
-        assert _configs.arithmetic_of(torch.float32) == expected
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.fp32_precision = expected
-        assert _configs.arithmetic_of(torch.float32) == expected
-        assert _configs.arithmetic_of(torch.bfloat16) == "16bit"
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cuda.matmul.fp32_precision = before[1]
-
-
-def test_offsets_past_two_to_the_31(device):
-    """Rows that lie 2³⁰ elements apart: the third starts past what 32 bits address. Untouched memory costs nothing."""
-    stride, K = 2**30 + 8, 16
-    far = torch.empty(2 * stride + K, dtype=torch.bfloat16, device=device).as_strided((3, K), (stride, 1))
-    near = integers(3, K, dtype=torch.bfloat16, device=device)
-    far.copy_(near)
-    weight, bias = (integers(*s, dtype=torch.bfloat16, device=device) for s in ((24, K), (24,)))
-    for config in (None, TINY):
-        act, _ = linear_act(far, weight, bias, "relu", False, config)
-        assert torch.equal(act, F.relu(F.linear(near, weight, bias)))
-        assert torch.equal(wgrad(far, near, config), near.t() @ near)
-        assert torch.equal(linear(near, far, None, config), near @ near.t())
-        assert torch.equal(dgrad(near[:, :3].contiguous(), far, config), near[:, :3] @ near)
-    assert torch.equal(column_sum(far), near.sum(0))
-
-
-def test_zero_tokens(device):
-    """No tokens: empty outputs, zero weight and bias gradients, no launch."""
-    x, w1, w2 = (torch.ones(s, device=device) for s in ((0, 8), (12, 8), (8, 12)))
-    act, pre_act = linear_act(x, w1, torch.ones(12, device=device), "gelu", True)
-    assert act.shape == pre_act.shape == (0, 12)
-    assert linear(act, w2, None).shape == (0, 8)
-    d_pre, again, db = linear_dact(x, w2, pre_act, "gelu", True, True)
-    assert d_pre.shape == again.shape == (0, 12)
-    assert torch.equal(db, torch.zeros(12, device=device))
-    assert torch.equal(wgrad(d_pre, x), torch.zeros(12, 8, device=device))
-    assert dgrad(d_pre, w1).shape == (0, 8)
-    assert torch.equal(column_sum(x), torch.zeros(8, device=device))
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("M", "H", "F"), [(0, 8, 12), (5, 0, 12), (5, 8, 0), (0, 0, 0)])
+def test_empty_dims(M, H, F, activation, device):
+    """No tokens or no features: empty outputs, sums over nothing are zero."""
+    W = 2 * F if activation in GATED_ACTIVATIONS else F
+    x, w1, w2 = (torch.ones(s, device=device) for s in ((M, H), (W, H), (H, F)))
+    act, pre_act = linear_act(x, w1, torch.ones(W, device=device), activation, True)
+    assert torch.equal(pre_act, torch.full((M, W), 1.0 + H, device=device))
+    assert torch.equal(linear(act, w2, torch.ones(H, device=device)), torch.ones(M, H, device=device))
+    d_pre, again, db = linear_dact(x, w2, pre_act, activation, True, torch.float32)
+    torch.testing.assert_close(again, act)
+    assert torch.equal(db, torch.zeros(W, device=device))
+    dw = torch.ones(W, H, device=device)
+    wgrad_accumulate(dw, d_pre, x)
+    assert torch.equal(dw, 1 + d_pre.t() @ x)
+    assert torch.equal(wgrad(d_pre, x), d_pre.t() @ x)
+    assert torch.equal(dgrad(d_pre, w1), d_pre @ w1)
+    assert torch.equal(column_sum(x), x.sum(0))
 
 
 def test_nan_is_never_hidden(device):
     """A NaN in x reaches its row of the output under every activation, relu included."""
     x = torch.zeros(4, 16, device=device)
     x[2, 3] = float("nan")
-    for activation in PLAIN_ACTIVATIONS:
-        act, _ = linear_act(x, torch.ones(8, 16, device=device), None, activation, False)
+    for activation in ACTIVATIONS:
+        weight = torch.ones(16 if activation in GATED_ACTIVATIONS else 8, 16, device=device)
+        act, _ = linear_act(x, weight, None, activation, False)
         assert act[2].isnan().all()
         assert not act[[0, 1, 3]].isnan().any()
 
@@ -298,8 +282,8 @@ def test_nan_is_never_hidden(device):
 def test_launches_repeat_bit_for_bit(device):
     """The same inputs give the same bits, bias gradients included."""
     dy, weight, pre_act = (randn(*s, dtype=torch.bfloat16, device=device) for s in ((300, 64), (64, 96), (300, 96)))
-    first = linear_dact(dy, weight, pre_act, "gelu", True, True)
-    for again in (linear_dact(dy, weight, pre_act, "gelu", True, True) for _ in range(3)):
+    first = linear_dact(dy, weight, pre_act, "gelu", True, torch.float32)
+    for again in (linear_dact(dy, weight, pre_act, "gelu", True, torch.float32) for _ in range(3)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -315,7 +299,10 @@ def test_launches_repeat_bit_for_bit(device):
         (lambda t: linear(t(8, 4).t(), t(6, 8), None), r"contiguous last dim, got \(4, 8\) with strides \(1, 4\)"),
         (lambda t: linear(t(4, 8).double(), t(6, 8).double(), None), "torch.float64 is not one of"),
         (lambda t: wgrad(t(4, 8), t(5, 8)), r"dy \(4, 8\) and x \(5, 8\) differ in tokens"),
-        (lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, True), r"expected contiguous \(4, 6\)"),
+        (
+            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, torch.float32),
+            r"expected contiguous \(4, 6\)",
+        ),
         (lambda t: column_sum(t(4)), r"expected a 2-D tensor .* got \(4,\)"),
     ],
 )

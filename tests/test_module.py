@@ -97,24 +97,30 @@ def test_trains():
 
 
 @hypothesis.given(
-    H=st.integers(1, 9), per_rank=st.integers(1, 5), world_size=st.integers(1, 6), b1=st.booleans(), b2=st.booleans()
+    H=st.integers(1, 9),
+    per_rank=st.integers(1, 5),
+    world_size=st.integers(1, 6),
+    b1=st.booleans(),
+    b2=st.booleans(),
+    activation=st.sampled_from(["gelu", "swiglu"]),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
-def test_unshard_inverts_shard(H, per_rank, world_size, b1, b2):
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_unshard_inverts_shard(H, per_rank, world_size, b1, b2, activation):
     F = per_rank * world_size
+    halves = 2 if activation == "swiglu" else 1
     full = (
-        torch.randn(F, H),
-        torch.randn(F) if b1 else None,
+        torch.randn(halves * F, H),
+        torch.randn(halves * F) if b1 else None,
         torch.randn(H, F),
         torch.randn(H) if b2 else None,
     )
-    shards = [shard_ffn(*full, rank, world_size, activation="gelu") for rank in range(world_size)]
+    shards = [shard_ffn(*full, rank, world_size, activation=activation) for rank in range(world_size)]
     for w1, _, w2, _ in shards:
-        assert w1.shape == (per_rank, H)
+        assert w1.shape == (halves * per_rank, H)
         assert w2.shape == (H, per_rank)
         assert w1.is_contiguous()
         assert w2.is_contiguous()
-    for again, original in zip(unshard_ffn(shards, activation="gelu"), full, strict=True):
+    for again, original in zip(unshard_ffn(shards, activation=activation), full, strict=True):
         assert again is original is None or torch.equal(again, original)
 
 
@@ -129,3 +135,31 @@ def test_partial_results_of_shards_add_up():
         total += F.linear(hidden[-1], w2)
     torch.testing.assert_close(torch.cat(hidden, dim=1), F.gelu(fc1(x)))
     torch.testing.assert_close(total + fc2.bias, fc2(F.gelu(fc1(x))))
+
+
+def test_gated_shards_hold_matching_gate_and_up_rows():
+    """Rank r holds rows r·F/P ... of the gate above the same rows of up, b1 likewise; joined, they stand as before."""
+    F, H, P = 6, 2, 3
+    w1, b1 = torch.arange(2 * F * H).view(2 * F, H), torch.arange(2 * F)
+    w2, b2 = torch.arange(H * F).view(H, F), torch.zeros(H)
+    shards = [shard_ffn(w1, b1, w2, b2, rank, P, activation="swiglu") for rank in range(P)]
+    assert [b.tolist() for _, b, _, _ in shards] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert all(torch.equal(w, w1[b]) for w, b, _, _ in shards)
+    assert all(torch.equal(w, w2[:, b[:2]]) for _, b, w, _ in shards)
+    assert unshard_ffn(shards, activation="swiglu")[1].tolist() == b1.tolist()
+
+
+@pytest.mark.usefixtures("implementation")
+def test_gated_module_from_dense(device):
+    """fc1 with 2F outputs, gate before up; the same seed draws what nn.Linear(H, 2F) and nn.Linear(F, H) would."""
+    torch.manual_seed(7)
+    fc1, fc2 = nn.Linear(32, 96, device=device), nn.Linear(48, 32, device=device)
+    layer = tp.TensorParallelFFN.from_dense(fc1, fc2, activation="swiglu")
+    assert layer.linear_fc1.weight.shape == (96, 32)
+    assert layer.linear_fc1.out_features == 96
+    x = torch.randn(2, 5, 32, device=device)
+    gate, up = fc1(x).chunk(2, dim=-1)
+    torch.testing.assert_close(layer(x), fc2(F.silu(gate) * up))
+    torch.manual_seed(7)
+    drawn = tp.TensorParallelFFN(32, 48, activation="swiglu", device=device)
+    assert all(torch.equal(a, b) for a, b in zip(drawn.parameters(), layer.parameters(), strict=True))

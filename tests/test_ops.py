@@ -1,13 +1,15 @@
-"""The registered operators: both CPU implementations are right, fake outputs have the real shapes, FLOPs count."""
+"""The registered operators: both CPU implementations are right, fake outputs have the real shapes, modes see them."""
+
+import contextlib
 
 import pytest
 import torch
+from launches import RecordOperators
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import tpffn_triton as tp
 from tpffn_triton import backends, native, ops, reference
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 M, H, F = 6, 32, 48
 
@@ -21,10 +23,14 @@ def calls(device="cpu", dtype=torch.float32):
     x, w1, w2, pre_act = randn(M, H), randn(F, H), randn(H, F), randn(M, F)
     return {
         "linear_act": (x, w1, randn(F), "gelu", True),
+        "linear_act gated": (x, randn(2 * F, H), randn(2 * F), "swiglu", True),
         "linear": (pre_act, w2, randn(H)),
-        "linear_dact": (x, w2, pre_act, "gelu", True, True),
+        "linear_dact": (x, w2, pre_act, "gelu", True, torch.float32),
+        "linear_dact gated": (x, w2, randn(M, 2 * F), "geglu", True, dtype),
         "dgrad": (pre_act, w1),
         "wgrad": (pre_act, x),
+        "wgrad of another dtype": (pre_act, x, torch.float32),
+        "wgrad_accumulate": (torch.ones(F, H, device=device), pre_act, x),
         "column_sum": (x,),
     }
 
@@ -35,48 +41,68 @@ def calls(device="cpu", dtype=torch.float32):
 def test_opcheck(name, dtype, device):
     """Schema, fake implementation and dispatch hold under torch's own checker."""
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(torch.ops.tpffn, name).default, calls(device, dtype)[name], test_utils=checks)
+    op = getattr(torch.ops.tpffn, name.split()[0]).default
+    torch.library.opcheck(op, calls(device, dtype)[name], test_utils=checks)
 
 
-@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
-def test_fake_shapes_without_optional_outputs(flags):
+@pytest.mark.parametrize("flags", [(False, None), (True, None), (False, torch.float32)])
+@pytest.mark.parametrize("gated", ["", " gated"])
+def test_fake_shapes_without_optional_outputs(flags, gated):
     args = calls()
     for name, call in (
-        ("linear_act", (*args["linear_act"][:4], flags[0])),
-        ("linear_dact", (*args["linear_dact"][:4], *flags)),
+        ("linear_act", (*args["linear_act" + gated][:4], flags[0])),
+        ("linear_dact", (*args["linear_dact" + gated][:4], *flags)),
     ):
-        op = getattr(ops, name)
+        op = getattr(ops.REGISTERED, name)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in call))
         assert [t.shape for t in fake] == [t.shape for t in op(*call)]
 
 
-def test_flops_of_a_layer():
-    """Six GEMMs of 2·M·H·F each, forward and backward."""
-    layer = tp.TensorParallelFFN(H, F)
-    x = torch.randn(2, 3, H, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+def test_operators_show_in_profiles_and_to_dispatch_modes(device):
+    """Ordinary calls go around the dispatcher; not so where somebody looks."""
+    layer = tp.TensorParallelFFN(H, F, device=device)
+    x = torch.randn(M, H, device=device, requires_grad=True)
+    expected = ["linear_act", "linear", "linear_dact", "dgrad", "wgrad", "wgrad", "column_sum"]
+    names = []
+    with RecordOperators(names):
+        layer(x).sum().backward()
+    assert names == expected
+    with torch.profiler.profile() as profile:
+        layer(x).sum().backward()
+    events = {event.key: event.count for event in profile.key_averages()}
+    assert all(events[f"tpffn::{name}"] == expected.count(name) for name in expected)
+
+
+@pytest.mark.parametrize("mode", [None, FakeTensorMode], ids=["meta", "fake"])
+def test_shapes_without_data(mode):
+    """On the meta device and with fake tensors, forward and backward."""
+    device = "meta" if mode is None else "cpu"
+    with contextlib.nullcontext() if mode is None else mode():
+        layer = tp.TensorParallelFFN(H, F, activation="swiglu", device=device)
+        x = torch.empty(2, 3, H, device=device, requires_grad=True)
         y = layer(x)
-    assert counter.get_total_flops() == 2 * 2 * M * H * F
-    with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 4 * 2 * M * H * F
+    assert y.shape == x.grad.shape == (2, 3, H)
+    assert layer.linear_fc1.weight.grad.shape == (2 * F, H)
 
 
 def test_every_list_of_activations_is_the_same():
     """Kernels, native path and reference know the same names."""
-    assert set(native._ACTIVATE) == set(native._BACKWARD) == set(reference.ACTIVATIONS) == set(PLAIN_ACTIVATIONS)
+    assert set(native._ACTIVATE) == set(reference.ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(native._BACKWARD) == set(PLAIN_ACTIVATIONS) >= set(GATED_ACTIVATIONS.values())
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_native_path_with_and_without_onednn(activation, dtype, onednn, monkeypatch):
     monkeypatch.setattr(native, "_onednn_takes", lambda *a, **k: onednn)
     if dtype == torch.bfloat16 and onednn:
         monkeypatch.setattr(native, "_onednn_takes", lambda *t, dtypes: dtype in dtypes)
-    x, w1, b1 = (t.to(dtype) for t in (torch.randn(M, H), torch.randn(F, H) / 8, torch.randn(F)))
+    W = 2 * F if activation in GATED_ACTIVATIONS else F
+    x, w1, b1 = (t.to(dtype) for t in (torch.randn(M, H), torch.randn(W, H) / 8, torch.randn(W)))
     pre_act = torch.nn.functional.linear(x.double(), w1.double(), b1.double())
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     monkeypatch.setattr(native, "_mkl_is_fast", lambda: not onednn)
@@ -85,7 +111,7 @@ def test_native_path_with_and_without_onednn(activation, dtype, onednn, monkeypa
     for save in (True, False):
         act, saved = native.linear_act(x, w1, b1, activation, save)
         torch.testing.assert_close(act.double(), reference.ACTIVATIONS[activation](pre_act), **tolerance)
-        assert saved.shape == ((M, F) if save else (0,))
+        assert saved.shape == ((M, W) if save else (0,))
 
 
 @pytest.mark.cpu_only
@@ -99,7 +125,7 @@ def test_error_of_the_native_forward_in_fp32():
 
 
 def test_the_choice_of_backend_is_logged_once(caplog):
-    backends._announce.cache_clear()
+    backends._ready.clear()
     with caplog.at_level("INFO", logger="tpffn_triton"):
         for _ in range(3):
             backends.implementation("cpu")

@@ -9,20 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpffn_triton import __main__ as command
 from tpffn_triton import plan_report
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.plan import FFNPlan, plan_ffn, ring_all_reduce
+from tpffn_triton.reference import ffn_reference
 
 ANALYSED = ["--batch", "8", "--seq", "128", "--hidden", "1024", "--ffn", "4096", "--tp", "4"]
-EAGER: dict[str, Any] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
-EAGER["relu2"] = lambda t: F.relu(t).square()
-EAGER["gelu_tanh"] = lambda t: F.gelu(t, approximate="tanh")
 
 
 def run_command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -154,6 +151,41 @@ def test_hbm_traffic_counts_each_operand_and_output_once() -> None:
     assert got["flops_per_hbm_byte_forward"] == 4 * m * h * shard / forward
 
 
+def test_the_analysed_model_gated_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["plan", *ANALYSED, "--activation", "swiglu", "--json"]) == 0
+    plan, mib = json.loads(capsys.readouterr().out), 2**20
+    tensors = {t["name"]: (t["shape"], t["bytes"]) for t in plan["tensors"]}
+    for name in ("w1", "dw1"):
+        assert tensors[name] == ([2048, 1024], 8 * mib)
+    for name in ("b1", "db1"):
+        assert tensors[name] == ([2048], 8192)
+    for name in ("pre_act", "d_pre"):
+        assert tensors[name] == ([8, 128, 2048], 8 * mib)
+    for name in ("gate_act", "hidden"):
+        assert tensors[name] == ([8, 128, 1024], 4 * mib)
+    for name in ("w2", "dw2"):
+        assert tensors[name] == ([1024, 1024], 4 * mib)
+    gemms = {g["name"]: ((g["m"], g["n"], g["k"]), g["flops"], g["hbm_bytes"]) for g in plan["gemms"]}
+    assert gemms == {
+        "linear1": ((1024, 2048, 1024), 2**32, 24 * mib + 8192),
+        "linear2": ((1024, 1024, 1024), 2**31, 12 * mib + 4096),
+        "d_hidden": ((1024, 1024, 1024), 2**31, 28 * mib + 8192),
+        "dx": ((1024, 1024, 2048), 2**32, 20 * mib),
+        "dw2": ((1024, 1024, 1024), 2**31, 12 * mib),
+        "dw1": ((2048, 1024, 1024), 2**32, 20 * mib),
+    }
+    totals = plan["totals"]
+    flops = [totals[f"flops_{key}"] for key in ("forward", "backward", "forward_all_ranks")]
+    assert flops == [3 * 2**31, 6 * 2**31, 12 * 2**31]
+    assert totals["hbm_bytes_backward"] == 84 * mib + 8192 + 4096
+    assert totals["parameter_bytes"] == 12 * mib + 8192 + 4096
+    assert (plan["saved_for_backward"], totals["saved_bytes"]) == (["x", "pre_act"], 12 * mib)
+    assert totals["saved_bytes_eager"] == 20 * mib
+    assert plan["collectives"] == plan_ffn(8, 128, 1024, 4096, 4).to_dict()["collectives"]
+    recomputing = plan_ffn(8, 128, 1024, 4096, 4, activation="swiglu", save="nothing").totals
+    assert (recomputing["flops_backward"], recomputing["saved_bytes"]) == (8 * 2**31, 4 * mib)
+
+
 def test_no_bias_drops_every_bias_everywhere() -> None:
     plan = plan_ffn(3, 5, 7, 36, 4, bias=False)
     named = {name for g in plan.kernels for name in (*g.reads, *g.writes)} | {*shapes(plan)}
@@ -179,40 +211,46 @@ def test_one_rank_has_no_collectives() -> None:
     assert steps == {(p, step) for p in ("forward", "backward") for step in ("linear1", "linear2")}
 
 
-def test_gemm_formulas_give_the_shapes_that_the_plan_names() -> None:
-    plan = plan_ffn(3, 5, 7, 36, 4, save="nothing")
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_gemm_formulas_give_the_shapes_that_the_plan_names(activation: str) -> None:
+    plan = plan_ffn(3, 5, 7, 36, 4, save="nothing", activation=activation)
+    # The epilogue's results are what these kernels write; the product itself has another one's shape.
+    products = {"linear1": "pre_act", "linear1_recompute": "pre_act", "d_hidden": "hidden"}
     tensors = {t.name: torch.empty(t.shape, device="meta").reshape(-1, t.shape[-1]) for t in plan.tensors}
     for gemm in plan.gemms:
         product = eval(gemm.formula, {}, tensors)
-        assert tuple(product.shape) == (gemm.m, gemm.n) == tuple(tensors[gemm.writes[0]].shape), gemm.name
+        like = tensors[products.get(gemm.name, gemm.writes[0])]
+        assert tuple(product.shape) == (gemm.m, gemm.n) == tuple(like.shape), gemm.name
         operands = gemm.formula.replace(".T", "").split(" @ ")
         assert set(operands) <= set(gemm.reads), gemm.name
         assert gemm.flops == 2 * gemm.m * gemm.n * gemm.k, gemm.name
         assert gemm.m * gemm.k == tensors[operands[0]].numel(), gemm.name
 
 
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_flops_and_eager_saves_are_what_torch_counts(activation: str) -> None:
     plan = plan_ffn(3, 5, 7, 36, 4, activation=activation)
     sizes = [shapes(plan)[name] for name in ("x", "w1", "b1", "w2", "b2")]
     x, w1, b1, w2, b2 = (torch.randn(size, requires_grad=True) for size in sizes)
     parameters = {t.data_ptr() for t in (w1, b1, w2, b2)}
-    saved: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Held, so that no later tensor gets the address of a freed one.
-        saved[tensor.data_ptr()] = tensor
+        # A view keeps the whole memory. Held, so that no later tensor gets the address of a freed one.
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with FlopCounterMode(display=False) as forward, hooks:
-        y = F.linear(EAGER[activation](F.linear(x, w1, b1)), w2, b2)
+        y = ffn_reference(x, w1, w2, b1, b2, activation=activation)
     with FlopCounterMode(display=False) as backward:
         y.backward(torch.randn_like(y))
     counted = (forward.get_total_flops(), backward.get_total_flops())
     assert counted == (plan.totals["flops_forward"], plan.totals["flops_backward"])
-    eager_bytes = sum(t.nbytes for pointer, t in saved.items() if pointer not in parameters)
-    assert eager_bytes == plan.totals["saved_bytes_eager"]
+    eager_bytes = sorted(s.nbytes() for pointer, s in saved.items() if pointer not in parameters)
+    assert eager_bytes == sorted(t.bytes for t in plan.tensors if t.name in plan.saved_by_eager)
+    assert sum(eager_bytes) == plan.totals["saved_bytes_eager"]
 
 
 def test_text_output_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +273,18 @@ def test_text_output_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     )
     for start in starts:
         assert any(line.startswith(start) for line in lines), start
+
+
+def test_text_output_of_a_gated_model_has_both_halves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["plan", *ANALYSED, "--activation", "geglu"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "w1 [2048, 1024] 2097152 8388608 8 MiB this rank's gate, then up features; paper layout 1024 x 2048",
+        "gate_act [8, 128, 1024] 1048576 4194304 4 MiB stored by eager alone",
+        "eager F.linear, activation, F.linear x, pre_act, gate_act, hidden 20971520 20 MiB",
+        "a rank's gate and up features make the input features of its w2 shard",
+    ):
+        assert part in text, part
 
 
 def test_options_reach_the_text_and_unequal_chunks_show(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.plan import DTYPE_BYTES, plan_ffn
 from tpffn_triton.plan_report import render_text
 from tpffn_triton.validation import SAVE_MODES
@@ -16,7 +16,7 @@ from tpffn_triton.validation import SAVE_MODES
 EXAMPLES = """\
 examples:
   python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4
-  python -m tpffn_triton plan --batch 1 --seq 4096 --hidden 8192 --ffn 28672 --tp 8 --dtype bf16 --no-bias
+  python -m tpffn_triton plan --batch 1 --seq 4096 --hidden 8192 --ffn 28672 --tp 8 --activation swiglu --no-bias
   python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4 --save nothing --json
 """
 
@@ -50,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--tp", type=int, required=True, metavar="P", help="ranks of the tensor-parallel group")
     plan.add_argument("--dtype", choices=[*DTYPE_BYTES], default="fp32", help="of every tensor (default: %(default)s)")
     plan.add_argument(
-        "--activation", choices=PLAIN_ACTIVATIONS, default="gelu", help="default: %(default)s; gelu is the erf form"
+        "--activation",
+        choices=ACTIVATIONS,
+        default="gelu",
+        help="default: %(default)s; gelu and geglu are the erf forms; with a gated one w1 has 2F rows",
     )
     plan.add_argument("--no-bias", dest="bias", action="store_false", help="plan without b1 and b2")
     plan.add_argument(

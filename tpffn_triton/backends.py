@@ -8,7 +8,6 @@
 TRITON_INTERPRET must be set before `tpffn_triton` is imported: Triton reads it when a kernel is decorated.
 """
 
-import functools
 import logging
 from types import ModuleType, SimpleNamespace
 
@@ -18,12 +17,26 @@ from tpffn_triton import interpreter, native
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
-from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
+from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
 
 _log = logging.getLogger("tpffn_triton")
 _TRITON = SimpleNamespace(
-    linear_act=linear_act, linear=linear, linear_dact=linear_dact, dgrad=dgrad, wgrad=wgrad, column_sum=column_sum
+    linear_act=linear_act,
+    linear=linear,
+    linear_dact=linear_dact,
+    dgrad=dgrad,
+    wgrad=wgrad,
+    wgrad_accumulate=wgrad_accumulate,
+    column_sum=column_sum,
 )
+
+
+def _choose(kind: str) -> str:
+    if kind == "cuda":
+        return "triton"
+    if kind == "cpu":
+        return "triton-interpreted" if interpreter.interpreting() else "native"
+    raise ValueError(f"tpffn_triton computes on cuda and cpu tensors, got device {kind!r}")
 
 
 def backend(device: torch.device | str) -> str:
@@ -31,25 +44,19 @@ def backend(device: torch.device | str) -> str:
 
     Raises: ValueError: a device that has no implementation.
     """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return "triton"
-    if kind == "cpu":
-        return "triton-interpreted" if interpreter.interpreting() else "native"
-    raise ValueError(f"tpffn_triton computes on cuda and cpu tensors, got device {str(device)!r}")
+    return _choose(torch.device(device).type)
 
 
-@functools.lru_cache
-def _announce(name: str, kind: str) -> None:
-    _log.info("tpffn_triton: %s tensors are computed by %s", kind, name)
+# What has been asked for so far.
+_ready: dict[str, ModuleType | SimpleNamespace] = {}
 
 
-def implementation(device: torch.device | str) -> ModuleType | SimpleNamespace:
-    """Return the namespace of linear_act, linear, linear_dact, dgrad, wgrad and column_sum for a device; logs each
-    choice once, at level INFO, to the logger "tpffn_triton"."""
-    name = backend(device)
-    _announce(name, torch.device(device).type)
-    if name == "native":
-        return native
-    interpreter.install()
-    return _TRITON
+def implementation(kind: str) -> ModuleType | SimpleNamespace:
+    """Return the namespace of one function per operator (ops.py) for "cpu" or "cuda" tensors; logs each choice once, at
+    level INFO, to the logger "tpffn_triton"."""
+    name = _choose(kind)
+    if name not in _ready:
+        interpreter.install()
+        _log.info("tpffn_triton: %s tensors are computed by %s", kind, name)
+        _ready[name] = native if name == "native" else _TRITON
+    return _ready[name]

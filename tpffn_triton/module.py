@@ -1,6 +1,6 @@
 """The FFN as a module: parameters of one rank's shards, named as Megatron-LM names them.
 
-linear_fc1.weight [F/P, H]   linear_fc1.bias [F/P]     column-parallel
+linear_fc1.weight [F/P, H]   linear_fc1.bias [F/P]     column-parallel; gated: [2F/P, H], [2F/P], gate above up
 linear_fc2.weight [H, F/P]   linear_fc2.bias [H]       row-parallel; the bias is replicated
 """
 
@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.functional import ffn
-from tpffn_triton.sharding import shard_ffn
-from tpffn_triton.validation import check_modes, check_sizes
+from tpffn_triton.sharding import halves, shard_ffn
+from tpffn_triton.validation import check_activation, check_modes, check_sizes
 
 
 class LinearShard(nn.Module):
@@ -46,11 +46,11 @@ class TensorParallelFFN(nn.Module):
     """Compute act(x W1 + b1) W2 + b2 with W1 split by columns and W2 by rows over tp_group; x, y [..., H] replicated.
 
     hidden_size, ffn_hidden_size   H and the full F; F is divisible by the group's size P
-    activation, tp_group, save     as in `tpffn_triton.ffn`
+    activation, tp_group, save, gradient_accumulation_fusion   as in `tpffn_triton.ffn`
     bias                           both linears have a bias, or neither
 
-    Initialised as nn.Linear(H, F) and nn.Linear(F, H) created in this order would be: each rank draws the full tensors
-    and keeps its part, so the same seed on every rank gives the same full weights at every P.
+    Initialised as nn.Linear(H, F) (gated: 2F) and nn.Linear(F, H) created in this order would be: each rank draws the
+    full tensors and keeps its part, so the same seed on every rank gives the same full weights at every P.
 
     Raises: TypeError, ValueError: sizes, activation, save or group that do not fit (the message shows them).
     """
@@ -65,6 +65,7 @@ class TensorParallelFFN(nn.Module):
         tp_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         sequence_parallel: bool = False,
         save: str = "pre_act",
+        gradient_accumulation_fusion: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,8 +77,9 @@ class TensorParallelFFN(nn.Module):
         check_sizes(hidden_size, ffn_hidden_size, self.world_size)
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation, self.sequence_parallel, self.save = activation, sequence_parallel, save
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
         shard = ffn_hidden_size // self.world_size
-        self.linear_fc1 = LinearShard(hidden_size, shard, bias, device, dtype)
+        self.linear_fc1 = LinearShard(hidden_size, halves(activation) * shard, bias, device, dtype)
         self.linear_fc2 = LinearShard(shard, hidden_size, bias, device, dtype)
         self.reset_parameters()
 
@@ -86,7 +88,7 @@ class TensorParallelFFN(nn.Module):
         """Draw the full weights as nn.Linear does, uniform in ±1/√fan_in, and keep this rank's shards."""
         full = []
         for linear, out_features, in_features in (
-            (self.linear_fc1, self.ffn_hidden_size, self.hidden_size),
+            (self.linear_fc1, halves(self.activation) * self.ffn_hidden_size, self.hidden_size),
             (self.linear_fc2, self.hidden_size, self.ffn_hidden_size),
         ):
             bound = 1 / math.sqrt(in_features)
@@ -114,9 +116,10 @@ class TensorParallelFFN(nn.Module):
         tp_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         sequence_parallel: bool = False,
         save: str = "pre_act",
+        gradient_accumulation_fusion: bool = False,
     ) -> "TensorParallelFFN":
         """Build this rank's module from the full linears: copies of their values, their dtype, device, training mode
-        and requires_grad. The two must agree on whether there is a bias.
+        and requires_grad. The two must agree on whether there is a bias. Gated: fc1 has 2F outputs, gate before up.
 
         Raises: TypeError, ValueError: not nn.Linear, or shapes that do not chain (the message shows them).
         """
@@ -130,20 +133,22 @@ class TensorParallelFFN(nn.Module):
             )
         if fc1.weight.dtype != fc2.weight.dtype:
             raise TypeError(f"one dtype expected, got fc1 {fc1.weight.dtype}, fc2 {fc2.weight.dtype}")
-        if (fc2.in_features, fc2.out_features) != (fc1.out_features, fc1.in_features):
+        check_activation(activation)
+        if (halves(activation) * fc2.in_features, fc2.out_features) != (fc1.out_features, fc1.in_features):
             raise ValueError(
-                f"fc2 must lead back from fc1: fc1 {fc1.in_features} → {fc1.out_features}, "
-                f"fc2 {fc2.in_features} → {fc2.out_features}"
+                f"fc2 must lead back from fc1{', gate and up' if halves(activation) == 2 else ''}: "
+                f"fc1 {fc1.in_features} → {fc1.out_features}, fc2 {fc2.in_features} → {fc2.out_features}"
             )
         with torch.device("meta"):
             layer = cls(
                 fc1.in_features,
-                fc1.out_features,
+                fc2.in_features,
                 activation=activation,
                 bias=fc1.bias is not None,
                 tp_group=tp_group,
                 sequence_parallel=sequence_parallel,
                 save=save,
+                gradient_accumulation_fusion=gradient_accumulation_fusion,
                 dtype=fc1.weight.dtype,
             )
         layer.to_empty(device=fc1.weight.device).train(fc1.training)
@@ -167,6 +172,7 @@ class TensorParallelFFN(nn.Module):
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
             save=self.save,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
         )
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelFFN":

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
 from tpffn_triton.reference import ACTIVATIONS
 
 _ACTIVATE = ACTIVATIONS | {"relu2": lambda z: F.relu(z).square_()}
+# act'(z) times the gradient; of a gated activation: its gate's.
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda d, z: torch.ops.aten.gelu_backward(d, z),
     "gelu_tanh": lambda d, z: torch.ops.aten.gelu_backward(d, z, approximate="tanh"),
@@ -72,12 +74,23 @@ def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_dact(
-    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, need_db: bool
+    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or [0], its column sums or [0])."""
-    d_pre = _BACKWARD[activation](dgrad(dy, weight), pre_act)
-    act = _ACTIVATE[activation](pre_act) if need_act else dy.new_empty((0,))
-    return d_pre, act, d_pre.sum(0) if need_db else dy.new_empty((0,))
+    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or [0], the first's column sums or [0])."""
+    d_act = dgrad(dy, weight)
+    if activation in GATED_ACTIVATIONS:
+        plain = GATED_ACTIVATIONS[activation]
+        gate, up = pre_act.chunk(2, dim=1)
+        value = _ACTIVATE[plain](gate)
+        d_pre = torch.empty_like(pre_act)
+        d_gate, d_up = d_pre.chunk(2, dim=1)
+        torch.mul(d_act, value, out=d_up)
+        d_gate.copy_(_BACKWARD[plain](d_act.mul_(up), gate))
+        act = value.mul_(up) if need_act else dy.new_empty((0,))
+    else:
+        d_pre = _BACKWARD[activation](d_act, pre_act)
+        act = _ACTIVATE[activation](pre_act) if need_act else dy.new_empty((0,))
+    return d_pre, act, dy.new_empty((0,)) if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
 
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
@@ -85,11 +98,17 @@ def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     return _linear(dy, weight.t(), None)
 
 
-def wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    """Return dy.T @ x."""
-    return _linear(dy.t(), x.t(), None)
+def wgrad(dy: Tensor, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Return dy.T @ x, in out_dtype without rounding to dy's first."""
+    dtype = out_dtype or dy.dtype
+    return _linear(dy.t().to(dtype), x.t().to(dtype), None)
 
 
-def column_sum(src: Tensor) -> Tensor:
+def wgrad_accumulate(dw: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Add dy.T @ x to dw."""
+    dw.addmm_(dy.t().to(dw.dtype), x.to(dw.dtype))
+
+
+def column_sum(src: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """Return the sum of src's rows."""
-    return src.sum(0)
+    return src.sum(0, dtype=out_dtype or src.dtype)

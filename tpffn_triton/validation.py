@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tpffn_triton.kernels._launch import SUPPORTED_DTYPES
-from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
 
 SAVE_MODES = ("pre_act", "nothing")
 # fp64 is for the native CPU path: the Triton launchers refuse it.
@@ -12,9 +12,9 @@ FFN_DTYPES = (*SUPPORTED_DTYPES, torch.float64)
 
 
 def check_activation(activation: str) -> None:
-    """Raises: ValueError: not the name of a plain activation (the message lists them)."""
-    if activation not in PLAIN_ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {', '.join(PLAIN_ACTIVATIONS)}")
+    """Raises: ValueError: not the name of an activation (the message lists them)."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def check_modes(activation: str, save: str, sequence_parallel: bool) -> None:
@@ -28,54 +28,120 @@ def check_modes(activation: str, save: str, sequence_parallel: bool) -> None:
 
 def check_sizes(hidden_size: int, ffn_hidden_size: int, world_size: int) -> None:
     """Raises: TypeError: a size is no int. ValueError: a size below 1, or F not divisible by P."""
-    sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "world_size": world_size}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
+        check_positive(name, size)
+    check_divisible(ffn_hidden_size, world_size)
+
+
+def check_positive(name: str, size: int) -> None:
+    """Raises: TypeError: no int. ValueError: below 1."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_divisible(ffn_hidden_size: int, world_size: int) -> None:
+    """Raises: TypeError: P is no int. ValueError: P is below 1, or F not divisible by it."""
+    check_positive("world_size", world_size)
     if ffn_hidden_size % world_size:
         raise ValueError(
             f"ffn_hidden_size {ffn_hidden_size} is not divisible by the tensor-parallel world_size {world_size}"
         )
 
 
-def _shapes(given: dict[str, Tensor | None]) -> str:
-    return ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
-
-
-def check_shapes(x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
-    """Check that x [..., H], w1 [F/P, H], w2 [H, F/P], b1 [F/P] and b2 [H] fit; None stands for what is absent.
+def check_shapes(
+    x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str
+) -> None:
+    """Check that x [..., H], w1 [F/P, H], w2 [H, F/P], b1 [F/P] and b2 [H] fit, with 2F/P rows of w1 and b1 where the
+    activation is gated; None stands for what is absent.
 
     Raises: TypeError: not tensors. ValueError: shapes that do not fit.
     """
-    given = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
-    for name, t in given.items():
-        if not isinstance(t, Tensor) and not (t is None and name in ("x", "b1", "b2")):
+    for name, t in (("w1", w1), ("w2", w2), ("x", x), ("b1", b1), ("b2", b2)):
+        if not isinstance(t, Tensor) and (t is not None or name in ("w1", "w2")):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if w1.dim() != 2 or w2.dim() != 2 or 0 in w1.shape:
-        raise ValueError(f"expected w1 [F/P, H] and w2 [H, F/P] with H and F/P at least 1; got {_shapes(given)}")
-    F, H = w1.shape
-    if x is not None and (x.dim() < 1 or x.shape[-1] != H):
-        raise ValueError(f"x must be [..., H={H}] beside w1 [F/P={F}, H={H}]; got {_shapes(given)}")
-    for name, shape in (("w2", (H, F)), ("b1", (F,)), ("b2", (H,))):
-        t = given[name]
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} beside w1 [F/P={F}, H={H}]; got {_shapes(given)}")
+    gated = activation in GATED_ACTIVATIONS
+    rows = "2F/P" if gated else "F/P"
+    problem = None
+    if w1.dim() != 2 or w2.dim() != 2 or (gated and w1.shape[0] % 2):
+        problem = f"{activation} expects w1 [{rows}, H] and w2 [H, F/P]"
+    else:
+        W, H = w1.shape
+        F = W // 2 if gated else W
+        if x is not None and (x.dim() < 1 or x.shape[-1] != H):
+            problem = f"x must be [..., H={H}]"
+        elif w2.shape != (H, F):
+            problem = f"w2 must be {[H, F]}"
+        elif b1 is not None and b1.shape != (W,):
+            problem = f"b1 must be {[W]}"
+        elif b2 is not None and b2.shape != (H,):
+            problem = f"b2 must be {[H]}"
+        if problem:
+            problem += f" beside w1 [{rows}={W}, H={H}] with {activation}"
+    if problem:
+        given = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
+        shapes = ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
+        raise ValueError(f"{problem}; got {shapes}")
 
 
-def check_ffn_arguments(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
-    """Check the tensors of `ffn`: shapes, and one supported dtype and device for all.
+def check_ffn_arguments(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str
+) -> torch.dtype:
+    """Check the tensors of `ffn`: shapes, one device, and one supported dtype or autocast. Returns the dtype to compute
+    in: theirs, or autocast's (fp64 is left alone, as torch's own linear does).
 
     Raises: TypeError: not tensors, or dtypes that differ or are unsupported. ValueError: shapes or devices.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    check_shapes(x, w1, w2, b1, b2)
-    tensors = {name: t for name, t in (("x", x), ("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2)) if t is not None}
-    if len({t.dtype for t in tensors.values()}) > 1:
-        raise TypeError("one dtype expected, got " + ", ".join(f"{name} {t.dtype}" for name, t in tensors.items()))
+    check_shapes(x, w1, w2, b1, b2, activation)
+    dtype, device = x.dtype, x.device
+    kind = device.type
+    autocast = dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+    for t in (w1, w2, b1, b2):
+        if t is not None and (t.device != device or (t.dtype != dtype and not (autocast and t.dtype in FFN_DTYPES))):
+            _reject_mixture({"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2})
+    if dtype not in FFN_DTYPES:
+        raise TypeError(f"dtype {dtype} is not one of {', '.join(map(str, FFN_DTYPES))}")
+    return torch.get_autocast_dtype(kind) if autocast else dtype
+
+
+def _reject_mixture(given: dict[str, Tensor | None]) -> None:
+    tensors = {name: t for name, t in given.items() if t is not None}
     if len({t.device for t in tensors.values()}) > 1:
         raise ValueError("one device expected, got " + ", ".join(f"{name} {t.device}" for name, t in tensors.items()))
-    if x.dtype not in FFN_DTYPES:
-        raise TypeError(f"dtype {x.dtype} is not one of {', '.join(map(str, FFN_DTYPES))}")
+    raise TypeError(
+        "one dtype expected outside of torch.autocast, got "
+        + ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+    )
+
+
+def check_main_grads(w1: Tensor, w2: Tensor) -> None:
+    """Check what gradient_accumulation_fusion adds weight gradients to: a contiguous fp32 `main_grad` of each weight
+    that needs a gradient, of its shape and on its device.
+
+    Raises: ValueError: it is missing or does not fit. RuntimeError: under torch.compile, which cannot trace it.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gradient_accumulation_fusion writes to an attribute of the weights: not under torch.compile"
+        )
+    for name, weight in (("w1", w1), ("w2", w2)):
+        main_grad = getattr(weight, "main_grad", None)
+        if weight.requires_grad and not (
+            isinstance(main_grad, Tensor)
+            and main_grad.shape == weight.shape
+            and main_grad.dtype == torch.float32
+            and main_grad.device == weight.device
+            and main_grad.is_contiguous()
+        ):
+            found = (
+                f"{list(main_grad.shape)} {main_grad.dtype} on {main_grad.device} with strides {main_grad.stride()}"
+                if isinstance(main_grad, Tensor)
+                else repr(main_grad)
+            )
+            raise ValueError(
+                f"gradient_accumulation_fusion needs {name}.main_grad, contiguous {list(weight.shape)} torch.float32 "
+                f"on {weight.device}; got {found}"
+            )

@@ -1,0 +1,111 @@
+"""What the assembler made of a compiled kernel: registers, spills, and the instructions of its K loop."""
+
+import re
+import subprocess
+import tempfile
+
+from triton import knobs
+
+# Bytes a program may use. sm_80's rows also serve sm_86, sm_89 and sm_120, which have less than the A100.
+SHARED_LIMIT = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
+# Both vendors' atomics, but for the bits in shared memory with which Blackwell hands out tensor memory.
+ATOMICS = r"\b(?:ATOMG?|ATOMS(?!\.(?:AND|OR)\b)|REDG?|UTMAREDG|UBLKRED)\b|\b(?:global|buffer|flat)_atomic_"
+
+
+def count_atomics(assembly: str) -> int:
+    """Count the instructions that may add in whatever order programs arrive."""
+    return len(re.findall(ATOMICS, assembly))
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
+    return registers, stack, sass
+
+
+def _k_loop(sass: str, instruction: str) -> str:
+    """Return the loop with the most `instruction`s, without loops around it: the main loop. It may hold others, which
+    wait at a barrier."""
+    lines = sass.splitlines()
+    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    loops = {}
+    for i, line in enumerate(lines):
+        branch = re.search(r"BRA\S*\s+(?:\S+,\s*)?`\((\.L_x_\d+)\)", line)
+        if branch and labels.get(branch.group(1), i) < i:
+            start = labels[branch.group(1)]
+            count = sum(bool(re.search(rf"\b{instruction}", body)) for body in lines[start : i + 1])
+            if count:
+                loops[start, i] = count
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    start, end = max(inner, key=loops.get, default=(0, -1))
+    return "\n".join(lines[start : end + 1])
+
+
+def _problems(report: dict, arch: str) -> list[str]:
+    problems = []
+    if report["stack"] or report["spills"]:
+        problems.append(f"spills: {report['stack']} bytes of stack, {report['spills']} instructions")
+    if report["shared"] > SHARED_LIMIT[arch]:
+        problems.append(f"{report['shared']} bytes of shared memory exceed {SHARED_LIMIT[arch]}")
+    if report["atomics"]:
+        problems.append(f"{report['atomics']} atomic instructions")
+    return problems
+
+
+def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> dict:
+    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it."""
+    registers, stack, sass = _disassemble(compiled.asm["cubin"])
+
+    def count(pattern, text):
+        return len(re.findall(rf"\b{pattern}", text))
+
+    # Hopper has no HGMMA for transposed TF32 operands, so triton uses HMMA there.
+    tensor_core = r"\w*HG?MMA" if arithmetic == "tf32" else TENSOR_CORES[arch]
+    instruction = "FFMA" if arithmetic == "ieee" else tensor_core
+    loop = _k_loop(sass, instruction)
+    report = {
+        "registers": registers,
+        "stack": stack,
+        "spills": count("LDL", sass) + count("STL", sass),
+        "shared": compiled.metadata.shared,
+        "tensor_core": count(tensor_core, loop),
+        "async_copy": count(copy, loop) if copy else 0,
+        "atomics": count_atomics(sass),
+    }
+    problems = _problems(report, arch)
+    if arithmetic != "ieee":
+        if not report["tensor_core"]:
+            problems.append(f"no {tensor_core} in the K loop")
+        if copy and not report["async_copy"]:
+            problems.append(f"no {copy} in the K loop")
+    return report | {"problems": problems}
+
+
+def inspect_amd(compiled, arch: str) -> dict:
+    """Return resource use of a code object, with the list of what is wrong with it."""
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+    report = {
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "spills": field("vgpr_spill_count"),
+        "shared": compiled.metadata.shared,
+        "tensor_core": assembly.count("v_mfma"),
+        "async_copy": 0,
+        "atomics": count_atomics(assembly),
+    }
+    return report | {"problems": _problems(report, arch)}

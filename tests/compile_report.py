@@ -1,0 +1,87 @@
+"""The configuration rows there are, and the table of what they compile to that docs/compiled.md keeps."""
+
+from collections.abc import Iterator
+
+from tpffn_triton.kernels._configs import KERNELS, TABLES, Config, odd_strides
+
+ENFORCED = ("sm_80", "sm_90")
+HEADER = """# What the configurations compile to
+
+Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
+GPU. Each line is the worst of all activations, dtypes and, for wgrad, outputs (operands' dtype, fp32, added to fp32).
+Written by
+
+    .venv/bin/python tests/compile_gate.py --all-activations --also .cache/triton-3.6.0 --markdown docs/compiled.md
+
+- configuration: BLOCK_M×BLOCK_N×BLOCK_K, w warps, s stages; tma descriptors or ptr pointers; split: the epilogue works
+  on two column halves; odd: operands that start at odd addresses. A gated forward has two accumulators of that size.
+- registers: of a thread, by version of triton, and the bytes it spills.
+- shared: KiB of a program.
+- MMA: tensor-core instructions in the K loop (gfx942: in all).
+- variants: how many were compiled; the verdict counts those that spill, exceed shared memory, use atomics, or have no
+  tensor-core instructions or asynchronous copies in the K loop.
+"""
+
+
+def configurations(arch: str) -> Iterator[tuple[str, str, Config, bool]]:
+    """Yield (kernel, arithmetic, config, aligned) for all rows of an architecture."""
+    for kernel in KERNELS:
+        for arithmetic in ("16bit", "tf32", "ieee"):
+            yield from ((kernel, arithmetic, config, True) for config in TABLES[arch][kernel, arithmetic])
+            yield kernel, arithmetic, odd_strides(kernel, arithmetic), False
+
+
+def describe(config: Config, aligned: bool) -> str:
+    """Return a row's name."""
+    tile = f"{config.BLOCK_M}×{config.BLOCK_N}×{config.BLOCK_K} w{config.num_warps} s{config.num_stages}"
+    tile += " tma" if config.USE_TMA else " ptr"
+    return tile + (" split" if config.SPLIT_EPILOGUE else "") + ("" if aligned else " odd")
+
+
+def _registers(rows: list[dict]) -> str:
+    compiled = [row for row in rows if "registers" in row]
+    if not compiled:
+        return "–"
+    spilled = max(row["stack"] for row in compiled)
+    return str(max(row["registers"] for row in compiled)) + (f" + {spilled} B" if spilled else "")
+
+
+def _verdict(rows: list[dict]) -> str:
+    bad = [row for row in rows if row["problems"]]
+    kinds = sorted({problem.split(":")[0] for row in bad for problem in row["problems"]})
+    return f"{len(bad)}: {'; '.join(kinds)}" if bad else "ok"
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return docs/compiled.md for the rows of the gate."""
+    versions = sorted({row["triton"] for row in rows})
+    columns = ("kernel", "arithmetic", "configuration", *(f"registers {version}" for version in versions))
+    columns += ("shared", "MMA", "variants", "verdict")
+    lines = [HEADER.format(versions=" and ".join(versions))]
+    for arch in TABLES:
+        lines += [f"## {arch}{'' if arch in ENFORCED else ' (reported only)'}", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for kernel, arithmetic, config, aligned in configurations(arch):
+            name = (arch, kernel, arithmetic, describe(config, aligned))
+            group = [row for row in rows if (row["arch"], row["kernel"], row["arithmetic"], row["config"]) == name]
+            if not group:
+                continue
+            cells = [*name[1:], *(_registers([row for row in group if row["triton"] == v]) for v in versions)]
+            cells.append(f"{max(row.get('shared', 0) for row in group) / 1024:.0f}")
+            cells.append(str(min(row.get("tensor_core", 0) for row in group)) if arithmetic != "ieee" else "–")
+            cells += [str(len(group)), _verdict(group)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def listed(text: str) -> list[tuple[str, str, str, str, str]]:
+    """Return (architecture, kernel, arithmetic, configuration, verdict) for each line of the tables in `text`."""
+    lines, arch = [], ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            arch = line.split()[1]
+        elif line.startswith("| ") and not line.startswith("| kernel "):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            lines.append((arch, *cells[:3], cells[-1]))
+    return lines

@@ -1,0 +1,227 @@
+"""Mistakes in tpffn_triton/ for mutants.py to make: file → (name, text, replacement, tests that must notice)."""
+
+VALUES = "test_functional.py -k 'test_values_and_gradients and float32 and {}'"
+RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and float32-native and {}'"
+AUTOCAST = "test_precision.py -k autocast_computes"
+SECOND = "test_pytorch.py -k second_derivatives"
+IN_FLIGHT = "test_distributed.py -k in_flight"
+Y = "kernels.linear(act, w2, b2 if group.rank() == 0 else None)"
+
+MUTANTS = {
+    "tpffn_triton/passes.py": [
+        ("b2 added by every rank", "b2 if group.rank() == 0 else None", "b2", RANKS.format("relu-")),
+        ("y not reduced", f"all_reduce({Y}, group)", Y, RANKS.format("relu-")),
+        ("dx not reduced", "dx = start_all_reduce(dx, group)", "dx = dx", RANKS.format("relu-")),
+        ("dx not waited for", "dx if group is None else wait(dx)", "dx", IN_FLIGHT),
+        (
+            "dx waited for at once",
+            "dx = start_all_reduce(dx, group)",
+            "dx = wait(start_all_reduce(dx, group))",
+            IN_FLIGHT,
+        ),
+        (
+            "recomputation with another activation",
+            "_vector(b1, dtype), activation, need_d_pre)",
+            "_vector(b1, dtype), activation.replace('gelu_tanh', 'gelu'), need_d_pre)",
+            VALUES.format("gelu_tanh"),
+        ),
+        (
+            "recomputation without b1",
+            "_vector(b1, dtype), activation, need_d_pre)",
+            "None, activation, need_d_pre)",
+            VALUES.format("silu"),
+        ),
+        (
+            "main_grad of the other weight",
+            "wanted.weights[which]",
+            "wanted.weights[1 - which]",
+            "test_precision.py -k main_grad_accumulates",
+        ),
+        (
+            "gradient of a frozen weight computed",
+            "    if need_w1:\n",
+            "    if x is not None:\n",
+            "test_functional.py -k frozen",
+        ),
+        (
+            "weight gradient through autocast's dtype",
+            "kernels.wgrad(dy, x, wanted.dtypes[1 + which])",
+            "kernels.wgrad(dy, x).to(wanted.dtypes[1 + which])",
+            AUTOCAST,
+        ),
+        (
+            "db2 through autocast's dtype",
+            "kernels.column_sum(dy, wanted.dtypes[4])",
+            "kernels.column_sum(dy)",
+            AUTOCAST,
+        ),
+    ],
+    "tpffn_triton/functional.py": [
+        (
+            'pre_act kept although save="nothing"',
+            'if save == "pre_act" and (need_d_pre or need_w2):',
+            "if need_d_pre or need_w2:",
+            "test_pytorch.py -k saved_bytes",
+        ),
+        (
+            "agreement skipped",
+            "agree(group, x.device, kind,",
+            "(lambda *_: None)(group, x.device, kind,",
+            "test_distributed.py -k 'nobody_hanging and bias'",
+        ),
+        (
+            "rejection sent by a compiled call",
+            "if group is not None and not torch.compiler.is_compiling():\n            device",
+            "if group is not None:\n            device",
+            "test_distributed.py -k compiled_call_with_wrong",
+        ),
+        ("second derivative allowed by autograd", "    @once_differentiable\n", "", SECOND),
+    ],
+    "tpffn_triton/transforms.py": [
+        (
+            "second derivative allowed by torch.func",
+            'raise RuntimeError("tpffn_triton has no second derivatives: its backward is once_differentiable")',
+            "return (None,) * 7",
+            SECOND,
+        ),
+        (
+            "tangent of w2 forgotten",
+            "dy = dy if dw2 is None else dy + F.linear(act, dw2)",
+            "",
+            "test_pytorch.py -k 'torch_func and jvp'",
+        ),
+        (
+            "tangent not reduced",
+            "dy = dy if group is None else all_reduce(dy, group)",
+            "",
+            "test_distributed_pytorch.py -k transforms",
+        ),
+    ],
+    "tpffn_triton/ops.py": [
+        (
+            "elements of a batch with the batch's strides",
+            "arg.select(dim, i).contiguous()",
+            "arg.select(dim, i)",
+            "test_pytorch.py -k 'torch_func and vmap'",
+        ),
+        (
+            "fake act of a gated activation as wide as pre_act",
+            "N = width // 2 if activation in GATED_ACTIVATIONS else width",
+            "N = width",
+            "test_ops.py -k 'opcheck and gated'",
+        ),
+        (
+            "operators not recorded by a dispatch mode",
+            "        or torch._C._len_torch_dispatch_stack()\n",
+            "",
+            "test_ops.py -k flops",
+        ),
+        (
+            "autocast inside of an operator",
+            'with torch.autocast("cpu", enabled=False):',
+            'with torch.autocast("cpu", enabled=True):',
+            AUTOCAST,
+        ),
+    ],
+    "tpffn_triton/sharding.py": [
+        (
+            "gate and up of a shard swapped",
+            "[:, own].flatten(0, 1)",
+            "[:, own].flip(0).flatten(0, 1)",
+            VALUES.format("swiglu"),
+        ),
+        (
+            "gated rows cut as one block",
+            "t.unflatten(0, (halves(activation), F))[:, own].flatten(0, 1)",
+            "t.chunk(world_size)[rank]",
+            RANKS.format("swiglu"),
+        ),
+        (
+            "shards of w2 cut along rows",
+            "w2[:, own].contiguous()",
+            "w2.reshape(w2.shape[0], world_size, -1)[:, rank].roll(1, 1).contiguous()",
+            "test_module.py -k shard",
+        ),
+        (
+            "shards of w2 joined in another order",
+            "torch.cat(w2s, dim=1)",
+            "torch.cat(w2s[::-1], dim=1)",
+            "test_module.py -k shard",
+        ),
+        (
+            "gated shards joined as one block",
+            "torch.cat([t.unflatten(0, (halves(activation), -1)) for t in rows], dim=1).flatten(0, 1)",
+            "torch.cat(list(rows))",
+            "test_module.py -k shard",
+        ),
+    ],
+    "tpffn_triton/native.py": [
+        (
+            "native d_gate and d_up swapped",
+            "d_gate, d_up = d_pre.chunk(2, dim=1)",
+            "d_up, d_gate = d_pre.chunk(2, dim=1)",
+            VALUES.format("native and swiglu"),
+        ),
+        (
+            "native derivative of relu2 without its factor",
+            "F.relu(z).mul_(2).mul_(d)",
+            "F.relu(z).mul_(d)",
+            VALUES.format("native and relu2"),
+        ),
+        (
+            "native derivative of erf's gelu for tanh's",
+            'gelu_backward(d, z, approximate="tanh")',
+            "gelu_backward(d, z)",
+            VALUES.format("native and gelu_tanh"),
+        ),
+        (
+            "native weight gradient through 16 bits",
+            "_linear(dy.t().to(dtype), x.t().to(dtype), None)",
+            "_linear(dy.t(), x.t(), None).to(dtype)",
+            AUTOCAST,
+        ),
+    ],
+    "tpffn_triton/module.py": [
+        (
+            "full weights depend on P",
+            "nn.init.kaiming_uniform_(weight, a=math.sqrt(5))",
+            "nn.init.kaiming_uniform_(weight, a=math.sqrt(5)); torch.rand(self.world_size)",
+            "test_distributed.py -k same_seed",
+        ),
+        (
+            "copies that copy the group",
+            "memo[id(self.tp_group)] = self.tp_group",
+            "",
+            "test_distributed.py -k sub_mesh",
+        ),
+    ],
+    "tpffn_triton/collectives.py": [
+        ("all-reduce of any strides", "if not t.is_contiguous():", "if False:", "test_distributed.py -k sub_mesh"),
+        (
+            "region that sums into what it was given",
+            "t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format)",
+            "t.contiguous()",
+            "test_distributed.py -k regions_sum",
+        ),
+        (
+            "group of one rank that communicates",
+            "return tp_group if tp_group.size() > 1 else None",
+            "return tp_group",
+            "test_distributed.py -k group_of_one",
+        ),
+    ],
+    "tpffn_triton/validation.py": [
+        (
+            "F not divisible by P accepted",
+            "if ffn_hidden_size % world_size:",
+            "if False:",
+            "test_bad_input.py -k sharding_rejects",
+        ),
+        (
+            "main_grad of any strides accepted",
+            "            and main_grad.is_contiguous()\n",
+            "",
+            "test_precision.py -k main_grad_that_does_not_fit",
+        ),
+    ],
+}
