@@ -10,14 +10,16 @@ NO_TMA = "test_kernels.py -k tma_cannot_address"
 COLUMN_SUM = "test_kernels.py -k column_sum"
 ROUNDED = "test_precision.py -k rounded_once"
 PRECISION = "test_precision.py -k fp32_precision"
+GUARD_PAGES = "test_memory.py -k 'test_guard_pages and end'"
 FAR = "test_memory.py -k past_two_to_the_31"
-JIT = "test_compile_gate.py -k 'pass_the_jit and sm_90 and installed'"
+JIT = "test_compile_gate.py -k 'what_launches_do and sm_90 and installed'"
 
 STORE = "        mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)\n        tl.store("
 PRODUCT = "acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)"
 IN_BF16 = "acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)"
 TOWARD_ZERO = "(tile.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)"
-RELU = 'propagate_nan=tl.PropagateNan.{})\n        if ACTIVATION == "relu2":\n            act = act * act'
+RELU_SQUARED = '\n        if ACTIVATION == "relu2":\n            act = act * act'
+RELU = f"tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL){RELU_SQUARED}"
 HALF = "half = Operand((M, {}), (width, 1), {like}.dtype, {like}.device, 0)"
 OF_DTYPE = "{0}.to({1}.dtype if USE_TMA else {1}.dtype.element_ty).to(tl.float32)"
 # A cache of launches that forgets the shapes of the operands.
@@ -53,8 +55,8 @@ MUTANTS = {
         ("slope of relu at zero", "tl.where(z <= 0.0, 0.0, 1.0)", "tl.where(z < 0.0, 0.0, 1.0)", ODD),
         (
             "NaN hidden by relu",
-            RELU.format("ALL") + "\n    return",
-            RELU.format("NONE") + "\n    return",
+            f"act = {RELU}\n    return",
+            f"act = tl.where(z > 0.0, z, 0.0){RELU_SQUARED}\n    return",
             "test_kernels.py -k nan_is_never_hidden",
         ),
     ],
@@ -164,7 +166,7 @@ MUTANTS = {
             "gate's descriptor as wide as pre_act",
             HALF.format("N", like="x"),
             HALF.format("width", like="x"),
-            GATED.format("smoke and table"),
+            GUARD_PAGES,
         ),
         (
             "activation of the rounded pre-activation",
@@ -213,7 +215,7 @@ MUTANTS = {
             "gate's descriptor as wide as d_pre",
             HALF.format("N", like="dy"),
             HALF.format("width", like="dy"),
-            GATED.format("smoke and table"),
+            GUARD_PAGES,
         ),
     ],
     "kernels/matmul.py": [

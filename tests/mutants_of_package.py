@@ -2,7 +2,7 @@
 
 VALUES = "test_functional.py -k 'test_values_and_gradients and float32 and {}'"
 RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and float32-native and {}'"
-AUTOCAST = "test_precision.py -k autocast_computes"
+AUTOCAST = "test_precision.py -k autocast"
 SECOND = "test_pytorch.py -k second_derivatives"
 IN_FLIGHT = "test_distributed.py -k in_flight"
 Y = "kernels.linear(act, w2, b2 if group.rank() == 0 else None)"
@@ -85,6 +85,12 @@ MUTANTS = {
             SECOND,
         ),
         (
+            "derivative of the derivative forgotten by forward mode",
+            'raise RuntimeError("tpffn_triton has no second derivatives: forward-mode AD of its backward")',
+            "return (None,) * 5",
+            SECOND,
+        ),
+        (
             "tangent of w2 forgotten",
             "dy = dy if dw2 is None else dy + F.linear(act, dw2)",
             "",
@@ -102,7 +108,7 @@ MUTANTS = {
             "elements of a batch with the batch's strides",
             "arg.select(dim, i).contiguous()",
             "arg.select(dim, i)",
-            "test_pytorch.py -k 'torch_func and vmap'",
+            "test_ops.py -k vmap",
         ),
         (
             "fake act of a gated activation as wide as pre_act",
@@ -114,13 +120,19 @@ MUTANTS = {
             "operators not recorded by a dispatch mode",
             "        or torch._C._len_torch_dispatch_stack()\n",
             "",
-            "test_ops.py -k flops",
+            "test_pytorch.py -k test_flops",
+        ),
+        (
+            "autocast inside of the functions behind the operators",
+            "        or torch.is_autocast_enabled(kind)\n",
+            "",
+            AUTOCAST,
         ),
         (
             "autocast inside of an operator",
             'with torch.autocast("cpu", enabled=False):',
             'with torch.autocast("cpu", enabled=True):',
-            AUTOCAST,
+            "test_precision.py -k backward_inside_autocast",
         ),
     ],
     "tpffn_triton/sharding.py": [
@@ -128,13 +140,13 @@ MUTANTS = {
             "gate and up of a shard swapped",
             "[:, own].flatten(0, 1)",
             "[:, own].flip(0).flatten(0, 1)",
-            VALUES.format("swiglu"),
+            "test_module.py -k shard",
         ),
         (
             "gated rows cut as one block",
             "t.unflatten(0, (halves(activation), F))[:, own].flatten(0, 1)",
             "t.chunk(world_size)[rank]",
-            RANKS.format("swiglu"),
+            "test_module.py -k shard",
         ),
         (
             "shards of w2 cut along rows",

@@ -74,6 +74,14 @@ def test_operators_show_in_profiles_and_to_dispatch_modes(device):
     assert all(events[f"tpffn::{name}"] == expected.count(name) for name in expected)
 
 
+@pytest.mark.usefixtures("implementation")
+def test_vmap_over_any_dim(device):
+    """An operator by itself, its batch in the last dim: elements are not contiguous there."""
+    dy, weight = torch.randn(M, F, 3, device=device), torch.randn(F, H, device=device)
+    mine = torch.func.vmap(lambda t: torch.ops.tpffn.dgrad(t, weight), in_dims=2)(dy)
+    torch.testing.assert_close(mine, torch.stack([dy[:, :, i] @ weight for i in range(3)]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", [None, FakeTensorMode], ids=["meta", "fake"])
 def test_shapes_without_data(mode):
     """On the meta device and with fake tensors, forward and backward."""

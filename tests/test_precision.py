@@ -111,6 +111,20 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(activation, d
 
 
 @pytest.mark.usefixtures("implementation")
+def test_backward_inside_autocast_changes_nothing(device):
+    """Nor does autocast reach into an operator: the fp32 weight gradients would go through bf16."""
+    problem = draw((70,), 64, 96, device=device)
+    found = []
+    for inside in (False, True):
+        leaves = [t.clone().requires_grad_() for t in problem.leaves()]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = tp.ffn(*leaves)
+            gradients = torch.autograd.grad(y, leaves, problem.dy.bfloat16()) if inside else None
+        found.append(gradients or torch.autograd.grad(y, leaves, problem.dy.bfloat16()))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("implementation")
 def test_autocast_leaves_other_dtypes_as_torch_does(device, monkeypatch):
     """fp16 tensors are cast like fp32 ones; fp64 stays; integers are refused."""
     with torch.autocast(device, dtype=torch.bfloat16):
