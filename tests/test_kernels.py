@@ -7,7 +7,7 @@ from acceptance import assert_accurate, assert_exact
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
-from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config
+from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config, odd_strides
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
@@ -162,7 +162,7 @@ def rows_of_tables():
     seen = set()
     for arch in ("sm_80", "sm_90"):
         for (kernel, arithmetic), rows in TABLES[arch].items():
-            for config in (*rows, ODD_STRIDES[arithmetic]):
+            for config in (*rows, odd_strides(kernel, arithmetic)):
                 if (kernel, arithmetic, config) not in seen:
                     seen.add((kernel, arithmetic, config))
                     tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
