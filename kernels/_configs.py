@@ -72,7 +72,7 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         linear_act=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         linear_dact=(_ptr(128, 128, 64, 8, 3, split=True), _ptr(128, 64, 64, 8, 3), _ptr(64, 64, 32, 4, 3)),
         gated_act=(_ptr(128, 64, 64, 8, 3), _ptr(64, 64, 64, 4, 3)),
-        gated_dact=(_ptr(64, 64, 64, 8, 3), _ptr(64, 32, 64, 4, 3)),
+        gated_dact=(_ptr(128, 64, 64, 8, 3, split=True), _ptr(64, 64, 32, 4, 3, split=True)),
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
@@ -85,7 +85,11 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         ),
         linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
         gated_act=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 3), _tma(64, 64, 64, 4, 4)),
-        gated_dact=(_tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
+        gated_dact=(
+            _tma(128, 128, 64, 8, 3, split=True),
+            _tma(128, 64, 64, 8, 4, split=True),
+            _tma(64, 64, 64, 4, 4, split=True),
+        ),
         gemm=(
             _tma(128, 256, 64, 8, 3, split=True),
             _tma(128, 128, 64, 8, 4),
@@ -98,7 +102,7 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         linear_act=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4, split=True)),
         gated_act=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 8, 3), _tma(64, 64, 64, 4, 4)),
-        gated_dact=(_tma(128, 64, 64, 8, 4), _tma(64, 64, 64, 4, 4)),
+        gated_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(64, 64, 64, 4, 4, split=True)),
         gemm=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
@@ -106,13 +110,13 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         linear_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         linear_dact=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         gated_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
-        gated_dact=(_ptr(128, 64, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        gated_dact=(_ptr(128, 128, 32, 8, 2, split=True), _ptr(64, 64, 32, 4, 2, split=True)),
         gemm=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         tf32=(_ptr(64, 64, 32, 4, 2),),
     ),
 }
-# For operands whose base or row stride is no multiple of 16 bytes: larger tiles spill on their element-wise loads.
-ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
+# For operands that cannot be copied 16 bytes at once: larger tiles spill on their element-wise loads.
+_ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
 # The same for kernels that spill with those.
 _OWN_ODD_STRIDES = {("gated_linear_dact", "16bit"): _ptr(64, 32, 32, 8, 3)}
 # Streaming multiprocessors (compute units) that a grid should fill.
@@ -144,24 +148,18 @@ PRECISION = {"16bit": "tf32", "tf32": "tf32", "ieee": "ieee"}
 
 
 def odd_strides(kernel: str, arithmetic: str) -> Config:
-    """Return the row for operands whose base or row stride is no multiple of 16 bytes."""
-    return _OWN_ODD_STRIDES.get((kernel, arithmetic), ODD_STRIDES[arithmetic])
+    """Return the row for operands that cannot be copied 16 bytes at once (_launch.configuration says which)."""
+    return _OWN_ODD_STRIDES.get((kernel, arithmetic), _ODD_STRIDES[arithmetic])
 
 
-def select(kernel: str, like, rows: int, cols: int, aligned: bool) -> Config:
+def select(kernel: str, like, rows: int, cols: int) -> Config:
     """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`.
 
     The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
-    for three quarters of the processors; else the last. Operands that are not `aligned` take `odd_strides`.
+    for three quarters of the processors; else the last.
     """
-    return _select(kernel, arch_of(like.device), arithmetic_of(like.dtype), rows, cols, aligned)
-
-
-@lru_cache(maxsize=4096)
-def _select(kernel: str, arch: str, arithmetic: str, rows: int, cols: int, aligned: bool) -> Config:
-    if not aligned:
-        return odd_strides(kernel, arithmetic)
-    table = TABLES[arch][kernel, arithmetic]
+    arch = arch_of(like.device)
+    table = TABLES[arch][kernel, arithmetic_of(like.dtype)]
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M
         tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(cols, config.BLOCK_N)

@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._configs import Config
+from ._configs import Config, arithmetic_of, odd_strides, select
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Serving meets thousands of token counts; a prepared launch is a few hundred bytes.
@@ -80,17 +80,28 @@ def check_contiguous(name: str, t: Operand, shape: tuple[int, ...], like: Operan
         )
 
 
-def aligned(*operands: Operand) -> bool:
-    """Say whether TMA and 16-byte copies can address every matrix: base and row stride multiples of 16 bytes, rows
-    that do not overlap, nothing empty."""
-    return all(
+def _addressable(t: Operand, by_tma: bool) -> bool:
+    """Say whether 16 bytes of a row can be copied at once: base and row stride are multiples of 16 bytes, rows do not
+    overlap, nothing is empty. Through pointers, stride and width must be multiples of 16 elements: of an integer, the
+    compiler knows just that or nothing."""
+    step = 16 // t.dtype.itemsize if by_tma else 16
+    return (
         t.residue == 0
-        and t.strides[0] * t.dtype.itemsize % 16 == 0
+        and t.strides[0] % step == 0
+        and (by_tma or t.shape[1] % step == 0)
         and t.strides[0] >= t.shape[1]
         and t.strides[1] == 1
         and 0 not in t.shape
-        for t in operands
     )
+
+
+def configuration(kernel: str, rows: int, cols: int, *operands: Operand) -> Config:
+    """Return the row of the tables for a [rows, cols] output of `kernel` from these matrices, the output among them."""
+    like = operands[0]
+    config = select(kernel, like, rows, cols)
+    if all(_addressable(t, config.USE_TMA) for t in operands):
+        return config
+    return odd_strides(kernel, arithmetic_of(like.dtype))
 
 
 def grid(config: Config, rows: int, cols: int) -> tuple[int, int, int]:

@@ -77,7 +77,8 @@ def gemm_tile(
         offs_k = tl.arange(0, BLOCK_K)
         step = tl.full((), BLOCK_K, tl.int64)
         if TRANS_A:
-            a_ptrs = _operand_ptrs(a, offs_k, offs_m, stride_a)
+            # Not a load of [BLOCK_K, BLOCK_M] transposed: on sm_80 that goes through registers, without cp.async.
+            a_ptrs = a + offs_m[:, None] + offs_k[None, :].to(tl.int64) * stride_a
         else:
             a_ptrs = _operand_ptrs(a, offs_m, offs_k, stride_a)
         if TRANS_B:
@@ -85,11 +86,10 @@ def gemm_tile(
         else:
             b_ptrs = _operand_ptrs(b, offs_k, offs_n, stride_b)
         for k in range(0, K, BLOCK_K):
+            a_tile = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
             if TRANS_A:
-                a_tile = tl.load(a_ptrs, mask=offs_k[:, None] < K - k, other=0.0).T
                 a_ptrs += step * stride_a
             else:
-                a_tile = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
                 a_ptrs += BLOCK_K
             if TRANS_B:
                 b_tile = tl.load(b_ptrs, mask=offs_k[None, :] < K - k, other=0.0).T

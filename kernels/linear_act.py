@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from . import _configs
-from ._launch import Launch, Operand, aligned, check_contiguous, check_operands, fresh, grid, prepared_once, signature
+from ._launch import (
+    Launch,
+    Operand,
+    check_contiguous,
+    check_operands,
+    configuration,
+    fresh,
+    grid,
+    prepared_once,
+    signature,
+)
 from ._tiles import add_row_vector, column_halves, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate, kernel_activation
 
@@ -151,7 +161,7 @@ def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> t
         return M, N, width, None
     act = fresh(M, N, x)
     name = "gated_linear_act" if gated else "linear_act"
-    config = config or _configs.select(name, x, M, N, aligned(x, weight, act))
+    config = config or configuration(name, M, N, x, weight, act)
     half = Operand((M, N), (width, 1), x.dtype, x.device, 0)
     stored = (config.BLOCK_M, config.STORED_N)
     launch = Launch(
@@ -181,10 +191,10 @@ def linear_act(
     activation: str,
     save_pre_act: bool,
     config: _configs.Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch `linear_act_kernel` or `gated_linear_act_kernel`; shapes as in the module docstring.
 
-    Returns (act, pre_act); pre_act is an empty [0] tensor unless save_pre_act. `config` overrides the table.
+    Returns (act, pre_act); pre_act is None unless save_pre_act. `config` overrides the table.
 
     Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
     """
@@ -193,8 +203,9 @@ def linear_act(
         _configs.arithmetic_of(x.dtype), config,
     )  # fmt: skip
     act = x.new_empty((M, N))
-    pre_act = x.new_empty((M, width) if save_pre_act else (0,))
+    pre_act = x.new_empty((M, width)) if save_pre_act else None
     if launch is not None:
-        halves = () if width == N else (pre_act[:, N:],) if save_pre_act else (act,)
-        launch(x, weight, act, pre_act if save_pre_act else act, *halves, x if bias is None else bias)
+        stored = act if pre_act is None else pre_act  # a launch has no argument that is absent
+        up = () if width == N else (stored if pre_act is None else pre_act[:, N:],)
+        launch(x, weight, act, stored, *up, x if bias is None else bias)
     return act, pre_act

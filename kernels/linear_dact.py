@@ -20,7 +20,17 @@ import triton
 import triton.language as tl
 
 from . import _configs
-from ._launch import Launch, Operand, aligned, check_contiguous, check_operands, fresh, grid, prepared_once, signature
+from ._launch import (
+    Launch,
+    Operand,
+    check_contiguous,
+    check_operands,
+    configuration,
+    fresh,
+    grid,
+    prepared_once,
+    signature,
+)
 from ._tiles import column_halves, gemm_tile, grouped_tile, load_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate_with_derivative, kernel_activation
 from .column_sum import column_sum
@@ -114,6 +124,45 @@ def linear_dact_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _gated_dact_store(
+    acc,
+    gate,
+    up,
+    d_gate,
+    d_up,
+    act,
+    db_partial_ptr,
+    tile_m,
+    col,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+    STORE_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    row = tile_m * BLOCK_M
+    sums_ptr = db_partial_ptr + tile_m.to(tl.int64) * 2 * N
+    z = load_tile(gate, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
+    value, derivative = activate_with_derivative(z, ACTIVATION)
+    # First what does not need up: fewer tiles are alive at once.
+    grad = acc * value
+    acc *= derivative
+    store_tile(d_up, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    if STORE_DB:
+        _store_column_sums(grad, sums_ptr + N, row, col, M, N, BLOCK_M, BLOCK_N)
+    factor = load_tile(up, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
+    if STORE_ACT:
+        store_tile(act, value * factor, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+    grad = acc * factor
+    store_tile(d_gate, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    if STORE_DB:
+        _store_column_sums(grad, sums_ptr, row, col, M, N, BLOCK_M, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gated_linear_dact_kernel(
     dy,
@@ -136,6 +185,7 @@ def gated_linear_dact_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_EPILOGUE: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -145,23 +195,23 @@ def gated_linear_dact_kernel(
         dy, weight, tile_m, tile_n, M, N, K, stride_dy, stride_weight,
         False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
-    row = tile_m * BLOCK_M
     col = tile_n * BLOCK_N
-    sums_ptr = db_partial_ptr + tile_m.to(tl.int64) * 2 * N
-    z = load_tile(gate, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
-    value, derivative = activate_with_derivative(z, ACTIVATION)
-    # First what does not need up: fewer tiles are alive at once.
-    grad = acc * value
-    store_tile(d_up, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
-    if STORE_DB:
-        _store_column_sums(grad, sums_ptr + N, row, col, M, N, BLOCK_M, BLOCK_N)
-    factor = load_tile(up, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
-    if STORE_ACT:
-        store_tile(act, value * factor, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
-    grad = acc * factor * derivative
-    store_tile(d_gate, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
-    if STORE_DB:
-        _store_column_sums(grad, sums_ptr, row, col, M, N, BLOCK_M, BLOCK_N)
+    if SPLIT_EPILOGUE:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+        _gated_dact_store(
+            left, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col, M, N,
+            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
+        )  # fmt: skip
+        _gated_dact_store(
+            right, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col + HALF_N, M, N,
+            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
+        )  # fmt: skip
+    else:
+        _gated_dact_store(
+            acc, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col, M, N,
+            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, BLOCK_N, USE_TMA,
+        )  # fmt: skip
 
 
 @prepared_once
@@ -176,7 +226,7 @@ def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, con
         return M, N, width, 0, None
     act = fresh(M, N, dy)
     name = "gated_linear_dact" if gated else "linear_dact"
-    config = config or _configs.select(name, dy, M, N, aligned(dy, weight, pre_act, act))
+    config = config or configuration(name, M, N, dy, weight, pre_act, act)
     half = Operand((M, N), (width, 1), dy.dtype, dy.device, 0)
     stored = (config.BLOCK_M, config.STORED_N)
     launch = Launch(
@@ -208,11 +258,11 @@ def linear_dact(
     need_act: bool,
     db_dtype: torch.dtype | None,
     config: _configs.Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Launch `linear_dact_kernel` or `gated_linear_dact_kernel`, and the second pass of the bias gradient; shapes as in
     the module docstring.
 
-    Returns (d_pre [M, W], act [M, N] or [0], db [W] in db_dtype or, where that is None, [0]). `config` overrides the
+    Returns (d_pre [M, W], act [M, N] or None, db [W] in db_dtype or None where that is None). `config` overrides the
     table.
 
     Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
@@ -223,10 +273,11 @@ def linear_dact(
         _configs.arithmetic_of(dy.dtype), config,
     )  # fmt: skip
     d_pre = dy.new_empty((M, width))
-    act = dy.new_empty((M, N) if need_act else (0,))
+    act = dy.new_empty((M, N)) if need_act else None
     if launch is None:
-        return d_pre, act, dy.new_zeros((width if need_db else 0,), dtype=db_dtype)
-    db_partial = dy.new_empty((partials if need_db else 0, width), dtype=torch.float32)
+        return d_pre, act, dy.new_zeros((width,), dtype=db_dtype) if need_db else None
+    db_partial = dy.new_empty((partials, width), dtype=torch.float32) if need_db else None
     halves = (pre_act, d_pre) if width == N else (pre_act, pre_act[:, N:], d_pre, d_pre[:, N:])
-    launch(dy, weight, *halves, act if need_act else d_pre, db_partial)
-    return d_pre, act, column_sum(db_partial, db_dtype) if need_db else dy.new_empty((0,))
+    # A launch has no argument that is absent.
+    launch(dy, weight, *halves, d_pre if act is None else act, dy if db_partial is None else db_partial)
+    return d_pre, act, None if db_partial is None else column_sum(db_partial, db_dtype)

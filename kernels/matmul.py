@@ -17,10 +17,10 @@ from . import _configs
 from ._launch import (
     Launch,
     Operand,
-    aligned,
     check_contiguous,
     check_matrix,
     check_operands,
+    configuration,
     fresh,
     grid,
     prepared_once,
@@ -143,7 +143,7 @@ def _prepare_matmul(name, a, b, bias, trans_b, arithmetic, config) -> tuple[int,
     if M == 0 or N == 0:
         return M, N, None
     out = fresh(M, N, a)
-    config = config or _configs.select(name, a, M, N, aligned(a, b, out))
+    config = config or configuration(name, M, N, a, b, out)
     launch = Launch(
         matmul_kernel,
         grid(config, M, N),
@@ -202,7 +202,7 @@ def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, 
         out = Operand(*dw)
     if 0 in (M, N, K):
         return N, K, None
-    config = config or _configs.select("wgrad", dy, N, K, aligned(dy, x, out))
+    config = config or configuration("wgrad", N, K, dy, x, out)
     launch = Launch(
         wgrad_kernel,
         grid(config, N, K),

@@ -84,11 +84,12 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> di
         "atomics": count_atomics(sass),
     }
     problems = _problems(report, arch)
-    if arithmetic != "ieee":
-        if not report["tensor_core"]:
-            problems.append(f"no {tensor_core} in the K loop")
-        if copy and not report["async_copy"]:
-            problems.append(f"no {copy} in the K loop")
+    if arithmetic != "ieee" and not report["tensor_core"]:
+        problems.append(f"no {tensor_core} in the K loop")
+    if copy and not report["async_copy"]:
+        problems.append(f"no {copy} in the K loop")
+    if copy and count(r"LDG\b", loop):
+        problems.append("loads through registers in the K loop")
     return report | {"problems": problems}
 
 

@@ -7,6 +7,7 @@ ODD, TILES = INTEGERS.format("odd"), INTEGERS.format("tiles")
 GATED = "test_kernels.py -k 'test_small_integers_are_exact and geglu and {}'"
 ROWS = "test_kernels.py -k 'test_every_configuration_row and 16bit-128x128 and tma'"
 NO_TMA = "test_kernels.py -k tma_cannot_address"
+AT_ONCE = "test_kernels.py -k 16_bytes_at_once"
 COLUMN_SUM = "test_kernels.py -k column_sum"
 ROUNDED = "test_precision.py -k rounded_once"
 PRECISION = "test_precision.py -k fp32_precision"
@@ -69,8 +70,8 @@ MUTANTS = {
         ),
         (
             "K tile skipped on the pointer path",
-            "for k in range(0, K, BLOCK_K):\n            if TRANS_A:\n                a_tile = tl.load",
-            "for k in range(0, K - BLOCK_K, BLOCK_K):\n            if TRANS_A:\n                a_tile = tl.load",
+            "for k in range(0, K, BLOCK_K):\n            a_tile = tl.load",
+            "for k in range(0, K - BLOCK_K, BLOCK_K):\n            a_tile = tl.load",
             TILES,
         ),
         (
@@ -202,7 +203,7 @@ MUTANTS = {
             TILES,
         ),
         ("d_gate and d_up swapped", "d_pre, d_pre[:, N:])", "d_pre[:, N:], d_pre)", BACKWARD),
-        ("d_gate without the derivative", "acc * factor * derivative", "acc * factor", BACKWARD),
+        ("d_gate without the derivative", "acc *= derivative", "acc * factor", BACKWARD),
         ("recomputed hidden without up", "value * factor", "value", BACKWARD),
         ("db1 of up stored over gate's", "sums_ptr + N", "sums_ptr", BACKWARD),
         (
@@ -237,6 +238,8 @@ MUTANTS = {
     "kernels/_launch.py": [
         ("alignment of the base ignored", "t.residue == 0", "True", NO_TMA),
         ("rows that overlap sent to TMA", "and t.strides[0] >= t.shape[1]", "", NO_TMA),
+        ("odd strides sent to TMA", "t.strides[0] % step == 0", "True", AT_ONCE),
+        ("odd widths sent to pointers", "and (by_tma or t.shape[1] % step == 0)\n", "\n", AT_ONCE),
         ("launch reused for another alignment", "t.data_ptr() % 16)", "0)", NO_TMA),
         ("launch reused for another M", "prepared_once = lru_cache(maxsize=8192)\n", SHAPELESS, COLUMN_SUM),
         (
@@ -255,6 +258,5 @@ MUTANTS = {
             '"ieee": "tf32"}',
             "test_kernels.py -k 'test_gemm and float32'",
         ),
-        ("odd strides sent to TMA", "if not aligned:", "if False:", "test_kernels.py -k rule_picks_rows"),
     ],
 }

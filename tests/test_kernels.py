@@ -7,7 +7,7 @@ from acceptance import assert_accurate, assert_exact
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
-from tpffn_triton.kernels._configs import ODD_STRIDES, TABLES, Config, odd_strides
+from tpffn_triton.kernels._configs import TABLES, Config, odd_strides
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
@@ -73,9 +73,9 @@ def check_linear_act(draw, compare, shape, activation, dtype, device, config=Non
     exact = eager_linear_act(*(t.double() for t in args), activation)
     compare("act", act, eager[0], exact[0])
     compare("pre_act", pre_act, eager[1], exact[1])
-    unsaved, empty = linear_act(*args, activation, False, config)
+    unsaved, absent = linear_act(*args, activation, False, config)
     assert torch.equal(unsaved, act)
-    assert empty.shape == (0,)
+    assert absent is None
 
 
 def check_linear_dact(draw, compare, shape, activation, dtype, device, config=None):
@@ -97,7 +97,8 @@ def check_linear_dact(draw, compare, shape, activation, dtype, device, config=No
     compare("db", ours[2], eager[2], exact[2], noise=2 * exact[0].square().sum(0).sqrt())
     d_pre, act, db = linear_dact(*args, activation, False, None, config)
     assert torch.equal(d_pre, ours[0])
-    assert act.shape == db.shape == (0,)
+    assert act is None
+    assert db is None
 
 
 def check_gemm(draw, compare, kernel, shape, dtype, device, config=None):
@@ -231,10 +232,6 @@ def test_rows_that_tma_cannot_address(dtype, device):
     """A base that is not 16-byte aligned, and rows that overlap, go to the pointer kernels."""
     wide, weight = integers(40, 96, dtype=dtype, device=device), integers(24, 64, dtype=dtype, device=device)
     odd_base, same_row = wide[:, 1:65], wide[:1, :64].expand(40, 64)
-    odd, same, good = (_launch.Operand(*_launch.signature(t)) for t in (odd_base, same_row, wide[:, 8:72]))
-    assert not _launch.aligned(odd)
-    assert not _launch.aligned(same)
-    assert _launch.aligned(good)
     for x in (odd_base, same_row):
         assert_exact("linear", linear(x, weight, None), x.double() @ weight.double().t())
         assert_exact("wgrad", wgrad(x, x), x.double().t() @ x.double())
@@ -311,15 +308,36 @@ def test_launchers_reject_operands_that_do_not_fit(call, message, device):
         call(lambda *shape: torch.ones(shape, device=device))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "stride", "offset", "addressable"),
+    [
+        (torch.bfloat16, 64, 96, 8, True),
+        (torch.bfloat16, 56, 72, 0, True),  # 8 elements are 16 bytes, enough for TMA
+        (torch.bfloat16, 64, 68, 0, False),
+        (torch.bfloat16, 64, 96, 1, False),
+        (torch.bfloat16, 64, 0, 0, False),
+        (torch.float32, 64, 96, 4, True),
+        (torch.float32, 56, 96, 0, False),  # fp32 rows use pointers: multiples of 16 elements
+        (torch.float32, 64, 72, 0, False),
+    ],
+)
+def test_operands_that_cannot_be_copied_16_bytes_at_once_take_a_row_of_their_own(
+    dtype, width, stride, offset, addressable
+):
+    storage = torch.empty(40 * 96 + 16, dtype=dtype)  # a CPU tensor stands for sm_90 in the interpreter
+    operand = _launch.Operand(*_launch.signature(storage.as_strided((40, width), (stride, 1), offset)))
+    config = _launch.configuration("linear", 40, 64, operand)
+    assert (config is not _configs.odd_strides("linear", _configs.arithmetic_of(dtype))) == addressable
+
+
 def test_rule_picks_rows_by_size():
-    """Small problems take small tiles, large ones the largest; odd strides their own row."""
+    """Small problems take small tiles, large ones the largest."""
     like = torch.empty(0, dtype=torch.bfloat16)  # a CPU tensor stands for sm_90 in the interpreter
 
-    def tile(rows, cols, aligned=True):
-        config = _configs.select("linear_act", like, rows, cols, aligned)
+    def tile(rows, cols):
+        config = _configs.select("linear_act", like, rows, cols)
         return config.BLOCK_M, config.BLOCK_N
 
     assert tile(16, 3584) == (64, 64)
     assert tile(1024, 1024) == (128, 64)
     assert tile(8192, 3584) == (128, 256)
-    assert _configs.select("linear_act", like, 8192, 3584, False) is ODD_STRIDES["16bit"]

@@ -57,15 +57,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre_act: bool
-) -> tuple[Tensor, Tensor]:
-    """Return (act(x @ weight.T + bias), pre-activation or an empty [0])."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return (act(x @ weight.T + bias), pre-activation or None)."""
     fused = activation in _ONEDNN and not save_pre_act
     if fused and _onednn_takes(x, weight, dtypes=(torch.float32, torch.bfloat16)):
         post_op, algorithm = _ONEDNN[activation]
         act = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], algorithm)
-        return act, x.new_empty((0,))
+        return act, None
     pre_act = _linear(x, weight, bias)
-    return _ACTIVATE[activation](pre_act), pre_act if save_pre_act else x.new_empty((0,))
+    return _ACTIVATE[activation](pre_act), pre_act if save_pre_act else None
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,8 +75,8 @@ def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_dact(
     dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or [0], the first's column sums or [0])."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or None, the first's column sums or None)."""
     d_act = dgrad(dy, weight)
     if activation in GATED_ACTIVATIONS:
         plain = GATED_ACTIVATIONS[activation]
@@ -86,11 +86,11 @@ def linear_dact(
         d_gate, d_up = d_pre.chunk(2, dim=1)
         torch.mul(d_act, value, out=d_up)
         d_gate.copy_(_BACKWARD[plain](d_act.mul_(up), gate))
-        act = value.mul_(up) if need_act else dy.new_empty((0,))
+        act = value.mul_(up) if need_act else None
     else:
         d_pre = _BACKWARD[activation](d_act, pre_act)
-        act = _ACTIVATE[activation](pre_act) if need_act else dy.new_empty((0,))
-    return d_pre, act, dy.new_empty((0,)) if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
+        act = _ACTIVATE[activation](pre_act) if need_act else None
+    return d_pre, act, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
 
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:

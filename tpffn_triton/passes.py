@@ -69,8 +69,8 @@ def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def forward(
     x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Return y, and pre_act or act, whichever backward is to keep; else an empty tensor."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return y, and pre_act or act, whichever backward is to keep."""
     activation, keep, group, dtype, _ = call
     kernels = ops.kernels(x, w1, w2, b1, b2)
     b1, b2 = _vector(b1, dtype), _vector(b2, dtype)

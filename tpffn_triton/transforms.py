@@ -35,7 +35,8 @@ class TransformableFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return forward(*inputs)
+        y, kept = forward(*inputs)
+        return y, y.new_empty((0,)) if kept is None else kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
