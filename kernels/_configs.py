@@ -3,8 +3,9 @@
 Nothing is tuned at run time. A table holds, for one architecture, kernel and arithmetic, rows from the largest tile to
 the smallest; `select` takes the first row whose tiles are not much taller than the problem and still fill the GPU.
 
-`origin` says where a row comes from. "compiles" means: chosen because it compiles without spills and within shared
-memory for every activation (tests/compile_gate.py checks each row again); its speed has not been measured.
+`origin` says where a row comes from. "compiles" means: chosen because it compiles within shared memory and, on sm_80
+and sm_90, without spills, in every form for every activation (tests/compile_gate.py; what sm_100 and gfx942 do is in
+docs/compiled.md); its speed has not been measured.
 """
 
 from dataclasses import asdict, dataclass
@@ -59,7 +60,7 @@ _PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
 
 
 def _table(linear_act, linear_dact, gated_act, gated_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
-    ieee = (_ptr(64, 64, 32, 8, 3), _ptr(32, 32, 32, 4, 3))
+    ieee = (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 3))
     sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
     sixteen_bit |= {"gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
@@ -70,12 +71,13 @@ def _table(linear_act, linear_dact, gated_act, gated_dact, gemm, tf32) -> dict[t
 TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     "sm_80": _table(
         linear_act=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
-        linear_dact=(_ptr(128, 128, 64, 8, 3, split=True), _ptr(128, 64, 64, 8, 3), _ptr(64, 64, 32, 4, 3)),
-        gated_act=(_ptr(128, 64, 64, 8, 3), _ptr(64, 64, 64, 4, 3)),
+        linear_dact=(_ptr(128, 128, 64, 8, 3, split=True), _ptr(128, 64, 64, 8, 3, split=True), _ptr(64, 64, 32, 4, 3)),
+        gated_act=(_ptr(128, 64, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         gated_dact=(_ptr(128, 64, 64, 8, 3, split=True), _ptr(64, 64, 32, 4, 3, split=True)),
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
-    ),
+    )
+    | {("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),)},
     "sm_90": _table(
         linear_act=(
             _tma(128, 256, 64, 8, 3, split=True),
@@ -116,9 +118,12 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     ),
 }
 # For operands that cannot be copied 16 bytes at once: larger tiles spill on their element-wise loads.
-_ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 4, 3), "ieee": _ptr(32, 32, 32, 4, 3)}
+_ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 8, 3), "ieee": _ptr(32, 32, 32, 8, 3)}
 # The same for kernels that spill with those.
-_OWN_ODD_STRIDES = {("gated_linear_dact", "16bit"): _ptr(64, 32, 32, 8, 3)}
+_OWN_ODD_STRIDES = {
+    ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
+    ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2),
+}
 # Streaming multiprocessors (compute units) that a grid should fill.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 

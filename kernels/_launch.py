@@ -15,8 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._configs import Config, arithmetic_of, odd_strides, select
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Serving meets thousands of token counts; a prepared launch is a few hundred bytes.
-prepared_once = lru_cache(maxsize=8192)
+# Serving meets thousands of token counts; a prepared launch is some 5 KB.
+prepared_once = lru_cache(maxsize=2048)
 
 
 class Operand(NamedTuple):
@@ -48,10 +48,15 @@ def check_matrix(name: str, t: Operand, like: Operand | None = None) -> None:
         raise ValueError(
             f"{name}: expected a 2-D tensor with a contiguous last dim, got {tuple(t.shape)} with strides {t.strides}"
         )
-    if t.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name}: dtype {t.dtype} is not one of {', '.join(map(str, SUPPORTED_DTYPES))}")
+    check_dtype(name, t.dtype)
     if like is not None and (t.dtype != like.dtype or t.device != like.device):
         raise ValueError(f"{name}: {t.dtype} on {t.device} beside {like.dtype} on {like.device}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Require a dtype that kernels store. Raises: ValueError otherwise."""
+    if dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{name}: dtype {dtype} is not one of {', '.join(map(str, SUPPORTED_DTYPES))}")
 
 
 def check_operands(name: str, a: Operand, b: Operand, trans_b: bool) -> tuple[int, int, int]:
@@ -95,13 +100,22 @@ def _addressable(t: Operand, by_tma: bool) -> bool:
     )
 
 
-def configuration(kernel: str, rows: int, cols: int, *operands: Operand) -> Config:
-    """Return the row of the tables for a [rows, cols] output of `kernel` from these matrices, the output among them."""
+def configuration(kernel: str, chosen: Config | None, rows: int, cols: int, *operands: Operand) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel` from these matrices, the output among them: the
+    caller's, or the row of the tables.
+
+    Raises: ValueError: the caller's uses TMA, which cannot address an operand.
+    """
     like = operands[0]
-    config = select(kernel, like, rows, cols)
+    config = chosen or select(kernel, like, rows, cols)
     if all(_addressable(t, config.USE_TMA) for t in operands):
         return config
-    return odd_strides(kernel, arithmetic_of(like.dtype))
+    if chosen is None:
+        return odd_strides(kernel, arithmetic_of(like.dtype))
+    if chosen.USE_TMA:
+        given = ", ".join(f"{tuple(t.shape)} with strides {t.strides} at 16n + {t.residue}" for t in operands)
+        raise ValueError(f"{kernel}: TMA cannot address every one of {given}")
+    return chosen
 
 
 def grid(config: Config, rows: int, cols: int) -> tuple[int, int, int]:
@@ -121,8 +135,32 @@ class _Address:
         return self.address
 
 
-# Allocators give the same addresses again and again; enough for the layers and micro-batches of a large model.
-_KNOWN_ADDRESSES = 1024
+class _Descriptors:
+    """Descriptors of tensors of one signature, by address: allocators give the same ones again and again."""
+
+    MOST = 1024  # enough for the layers and micro-batches of a large model
+
+    def __init__(self, view: Operand, block: tuple[int, int]) -> None:
+        nowhere: Any = _Address(0, view.dtype)
+        self._fields = vars(TensorDescriptor(nowhere, list(view.shape), list(view.strides), list(block)))
+        self._known: dict[int, TensorDescriptor] = {}
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        """Return the descriptor of a tensor with the signature."""
+        address = tensor.data_ptr()
+        descriptor = self._known.get(address)
+        if descriptor is None:
+            if len(self._known) >= self.MOST:
+                self._known.clear()
+            # Without its constructor, which checks again what holds for every tensor of this signature.
+            descriptor = object.__new__(TensorDescriptor)
+            vars(descriptor).update(self._fields, base=_Address(address, tensor.dtype))
+            self._known[address] = descriptor  # last: other threads look here too
+        return descriptor
+
+
+# Shared by launches: a weight's do not depend on the number of tokens.
+_descriptors = lru_cache(maxsize=8192)(_Descriptors)
 
 
 class Launch:
@@ -141,8 +179,7 @@ class Launch:
         self._values = (*scalars, *(constants[name] for name in kernel.arg_names if name in constants))
         self._options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
         self._views = views if constants.get("USE_TMA") else ()
-        # Of each view: the fields of its descriptor, its dtype for a base, and descriptors of the addresses met so far.
-        self._descriptors: list[tuple[dict, dict[int, TensorDescriptor]]] = []
+        self._descriptors = [_descriptors(*view) for view in self._views]
         self._compiled: Any = None  # bound to the grid
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -160,19 +197,10 @@ class Launch:
         arguments = (*descriptors, *tensors[len(descriptors) :])
         kernel = self._kernel[self._grid](*arguments, *self._values, **self._options)
         if kernel is not None:  # the interpreter compiles nothing
-            self._descriptors = [({**vars(d), "base": d.base.dtype}, {}) for d in descriptors]
             self._compiled = kernel[self._grid]
 
     def _with_descriptors(self, tensors: tuple[torch.Tensor, ...]) -> list:
         arguments: list = list(tensors)
-        for index, (fields, known) in enumerate(self._descriptors):
-            address = tensors[index].data_ptr()
-            descriptor = known.get(address)
-            if descriptor is None:
-                if len(known) >= _KNOWN_ADDRESSES:
-                    known.clear()
-                # Without its constructor, which checks again what holds for every tensor of this signature.
-                descriptor = known[address] = object.__new__(TensorDescriptor)
-                descriptor.__dict__.update(fields, base=_Address(address, fields["base"]))
-            arguments[index] = descriptor
+        for index, descriptors in enumerate(self._descriptors):
+            arguments[index] = descriptors.of(tensors[index])
         return arguments

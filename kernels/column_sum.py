@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, Operand, check_matrix, prepared_once, signature
+from ._launch import Launch, Operand, check_dtype, check_matrix, prepared_once, signature
 
 ROWS_PER_PROGRAM = 128
 BLOCK_R = 32
@@ -40,6 +40,7 @@ def _prepare(src, out_dtype) -> tuple[tuple[int, int], torch.dtype, Launch | Non
     """Return shape and dtype of what one pass leaves, and its launch, if there is anything to sum."""
     src = Operand(*src)
     check_matrix("column_sum src", src)
+    check_dtype("column_sum out", out_dtype)
     R, N = src.shape
     if R == 0 or N == 0:
         return (1, N), out_dtype, None
@@ -56,7 +57,8 @@ def _prepare(src, out_dtype) -> tuple[tuple[int, int], torch.dtype, Launch | Non
 def column_sum(src: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Launch `column_sum_kernel` until one row is left; shapes as in the module docstring. out_dtype: default src's.
 
-    Raises: ValueError: src is not 2-D or its last dim is not contiguous (the message shows shape and strides).
+    Raises: ValueError: src is not 2-D, its last dim is not contiguous, or a dtype is unsupported (the message shows
+    them).
     """
     out_dtype = out_dtype or src.dtype
     while True:

@@ -157,11 +157,14 @@ def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> t
     if gated and width % 2:
         raise ValueError(f"linear_act: {activation} takes gate and up rows, got an odd number: {tuple(weight.shape)}")
     N = width // 2 if gated else width
+    constant = kernel_activation(activation, x.dtype.itemsize)
     if M == 0 or N == 0:
         return M, N, width, None
     act = fresh(M, N, x)
     name = "gated_linear_act" if gated else "linear_act"
-    config = config or configuration(name, M, N, x, weight, act)
+    config = configuration(name, config, M, N, x, weight, act)
+    if gated and config.SPLIT_EPILOGUE:
+        raise ValueError(f"linear_act: no split epilogue with {activation}, got {config}")
     half = Operand((M, N), (width, 1), x.dtype, x.device, 0)
     stored = (config.BLOCK_M, config.STORED_N)
     launch = Launch(
@@ -175,7 +178,7 @@ def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> t
         scalars=(M, N, K, x.strides[0], weight.strides[0]),
         constants=config.meta
         | {
-            "ACTIVATION": kernel_activation(activation, x.dtype.itemsize),
+            "ACTIVATION": constant,
             "HAS_BIAS": bias is not None,
             "SAVE_PRE_ACT": save_pre_act,
             "PRECISION": _configs.PRECISION[arithmetic],
@@ -196,7 +199,8 @@ def linear_act(
 
     Returns (act, pre_act); pre_act is None unless save_pre_act. `config` overrides the table.
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: an unknown activation; shapes, dtypes, devices, strides or a `config` that do not fit (the
+    message shows them).
     """
     M, N, width, launch = _prepare(
         signature(x), signature(weight), signature(bias), activation, save_pre_act,

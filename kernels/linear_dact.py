@@ -24,6 +24,7 @@ from ._launch import (
     Launch,
     Operand,
     check_contiguous,
+    check_dtype,
     check_operands,
     configuration,
     fresh,
@@ -215,18 +216,21 @@ def gated_linear_dact_kernel(
 
 
 @prepared_once
-def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, config) -> tuple:
+def _prepare(dy, weight, pre_act, activation, need_act, db_dtype, arithmetic, config) -> tuple:
     """Return M, N, the width of pre_act, the height of db_partial, and the launch, if there is anything to compute."""
     dy, weight, pre_act = Operand(*dy), Operand(*weight), Operand(*pre_act)
     M, N, K = check_operands("linear_dact", dy, weight, trans_b=False)
     gated = activation in GATED_ACTIVATIONS
     width = 2 * N if gated else N
     check_contiguous("linear_dact pre_act", pre_act, (M, width), like=dy)
+    constant = kernel_activation(activation, dy.dtype.itemsize)
+    if db_dtype is not None:
+        check_dtype("linear_dact db", db_dtype)
     if M == 0 or N == 0:
         return M, N, width, 0, None
     act = fresh(M, N, dy)
     name = "gated_linear_dact" if gated else "linear_dact"
-    config = config or configuration(name, M, N, dy, weight, pre_act, act)
+    config = configuration(name, config, M, N, dy, weight, pre_act, act)
     half = Operand((M, N), (width, 1), dy.dtype, dy.device, 0)
     stored = (config.BLOCK_M, config.STORED_N)
     launch = Launch(
@@ -241,9 +245,9 @@ def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, con
         scalars=(M, N, K, dy.strides[0], weight.strides[0]),
         constants=config.meta
         | {
-            "ACTIVATION": kernel_activation(activation, dy.dtype.itemsize),
+            "ACTIVATION": constant,
             "STORE_ACT": need_act,
-            "STORE_DB": need_db,
+            "STORE_DB": db_dtype is not None,
             "PRECISION": _configs.PRECISION[arithmetic],
         },
     )
@@ -265,18 +269,18 @@ def linear_dact(
     Returns (d_pre [M, W], act [M, N] or None, db [W] in db_dtype or None where that is None). `config` overrides the
     table.
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: an unknown activation; shapes, dtypes, devices or strides that do not fit (the message shows
+    them).
     """
-    need_db = db_dtype is not None
     M, N, width, partials, launch = _prepare(
-        signature(dy), signature(weight), signature(pre_act), activation, need_act, need_db,
+        signature(dy), signature(weight), signature(pre_act), activation, need_act, db_dtype,
         _configs.arithmetic_of(dy.dtype), config,
     )  # fmt: skip
     d_pre = dy.new_empty((M, width))
     act = dy.new_empty((M, N)) if need_act else None
     if launch is None:
-        return d_pre, act, dy.new_zeros((width,), dtype=db_dtype) if need_db else None
-    db_partial = dy.new_empty((partials, width), dtype=torch.float32) if need_db else None
+        return d_pre, act, dy.new_zeros((width,), dtype=db_dtype) if db_dtype else None
+    db_partial = dy.new_empty((partials, width), dtype=torch.float32) if db_dtype else None
     halves = (pre_act, d_pre) if width == N else (pre_act, pre_act[:, N:], d_pre, d_pre[:, N:])
     # A launch has no argument that is absent.
     launch(dy, weight, *halves, d_pre if act is None else act, dy if db_partial is None else db_partial)

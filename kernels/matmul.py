@@ -18,6 +18,7 @@ from ._launch import (
     Launch,
     Operand,
     check_contiguous,
+    check_dtype,
     check_matrix,
     check_operands,
     configuration,
@@ -143,7 +144,7 @@ def _prepare_matmul(name, a, b, bias, trans_b, arithmetic, config) -> tuple[int,
     if M == 0 or N == 0:
         return M, N, None
     out = fresh(M, N, a)
-    config = config or configuration(name, M, N, a, b, out)
+    config = configuration(name, config, M, N, a, b, out)
     launch = Launch(
         matmul_kernel,
         grid(config, M, N),
@@ -195,6 +196,7 @@ def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, 
     check_matrix("wgrad x", x, like=dy)
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"wgrad: dy {tuple(dy.shape)} and x {tuple(x.shape)} differ in tokens (dim 0)")
+    check_dtype("wgrad dw", out_dtype)
     (M, N), K = dy.shape, x.shape[1]
     out = fresh(N, K, dy, out_dtype)
     if dw is not None:
@@ -202,7 +204,7 @@ def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, 
         out = Operand(*dw)
     if 0 in (M, N, K):
         return N, K, None
-    config = config or configuration("wgrad", N, K, dy, x, out)
+    config = configuration("wgrad", config, N, K, dy, x, out)
     launch = Launch(
         wgrad_kernel,
         grid(config, N, K),

@@ -1,7 +1,7 @@
 """Compile every configuration row ahead of time, without a GPU, and report what the assembler made of it.
 
-    python tests/compile_gate.py --arch sm_90 [--kernel linear_act] [--all-activations] [--jobs 4] [--json]
-    python tests/compile_gate.py --all-activations --also .cache/triton-3.6.0 --markdown docs/compiled.md
+    python tests/compile_gate.py --arch sm_90 [--kernel linear_act] [--all] [--jobs 4] [--json]
+    python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
 One line (or JSON object) a variant: registers, stack bytes, spills, shared memory, tensor-core and asynchronous-copy
 instructions of the K loop, atomics, and a verdict; or, in Markdown, one line a row. Exit status 1 when a row of an
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import compress, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -59,19 +59,22 @@ SPECS = {
     "dgrad": (matmul.matmul_kernel, {"a": "MK", "b": "KN", "out": "Mn"}),
     "wgrad": (matmul.wgrad_kernel, {"dy": "KM", "x": "KN", "dw": "Mn"}),
 }
-# Constants of the form that keeps most alive.
-FLAGS = {
-    "linear_act": {"HAS_BIAS": True, "SAVE_PRE_ACT": True},
-    "linear_dact": {"STORE_ACT": True, "STORE_DB": True},
-    "linear": {"TRANS_B": True, "HAS_BIAS": True},
-    "dgrad": {"TRANS_B": False, "HAS_BIAS": False},
+# What a kernel does only if asked: its forms are the combinations.
+OPTIONS = {
+    "linear_act": ("HAS_BIAS", "SAVE_PRE_ACT"),
+    "linear_dact": ("STORE_ACT", "STORE_DB"),
+    "linear": ("HAS_BIAS",),
 }
-FLAGS |= {f"gated_{kernel}": FLAGS[kernel] for kernel in ("linear_act", "linear_dact")}
+OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("linear_act", "linear_dact")}
+# Which arguments the compiler knows to be multiples of 16: addresses, N, and K with the row strides; never M. "K odd":
+# operands whose rows start at odd addresses, and freshly allocated outputs.
+KNOWN = {"all": ("ptr", "N", "K"), "K odd": ("ptr", "N"), "none": ()}
 ADDED = "fp32 +="
 
 
 class Variant(NamedTuple):
-    """One compilation. `output` is the dtype of a wgrad's dw, or ADDED; of other kernels always `dtype`."""
+    """One compilation. `output` is the dtype of a wgrad's dw, or ADDED; of other kernels always `dtype`. `known` is a
+    key of KNOWN, `form` the kernel's OPTIONS that are on."""
 
     arch: str
     kernel: str
@@ -79,8 +82,9 @@ class Variant(NamedTuple):
     arithmetic: str
     dtype: str
     activation: str | None
-    aligned: bool
+    known: str
     output: str
+    form: tuple[str, ...]
 
 
 def activations_of(kernel: str) -> tuple:
@@ -90,9 +94,19 @@ def activations_of(kernel: str) -> tuple:
     return tuple(GATED_ACTIVATIONS) if kernel.startswith("gated") else PLAIN_ACTIVATIONS
 
 
-def variants(arch: str, kernel: str, all_activations: bool):
-    """Yield Variants: every row with the heaviest activations, and every form of wgrad, in bf16 or fp32; the first row
-    and the row for odd strides with every activation, unless IEEE; the first in fp16; all_activations: everything."""
+def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tuple[str, ...]]:
+    """Return the forms to compile: on an enforced architecture all of them, or, of a heavy activation, that with
+    everything and that with nothing optional; else that with everything."""
+    options = OPTIONS.get(kernel, ())
+    if arch in ENFORCED and everything:
+        return [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
+    return [*dict.fromkeys((options, ()))] if arch in ENFORCED and heavy else [options]
+
+
+def variants(arch: str, kernel: str, everything: bool):
+    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of wgrad; the first
+    row and the odd one with every activation, unless IEEE; the first in fp16. everything: every row with every
+    activation in every dtype."""
     activations = activations_of(kernel)
     # By registers: gelu in the plain kernels; in the gated ones, either geglu.
     heaviest = activations[:2] if kernel.startswith("gated") else activations[:1]
@@ -106,39 +120,41 @@ def variants(arch: str, kernel: str, all_activations: bool):
             for activation, output in product(activations, outputs):
                 heavy = activation in heaviest
                 chosen = heavy and first if dtype == "fp16" else heavy or extreme
-                if all_activations or chosen:
-                    yield Variant(arch, kernel, config, arithmetic, dtype, activation, aligned, output)
+                forms = forms_of(arch, kernel, everything, heavy) if everything or chosen else ()
+                for known, form in product(("all",) if aligned else ("K odd", "none"), forms):
+                    yield Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
 
 
 def signature(variant: Variant) -> tuple[dict, tuple]:
-    """Return the argument types, and the arguments divisible by 16 where the operands are aligned."""
+    """Return the argument types, and the arguments known to be multiples of 16."""
     function, blocks = SPECS[variant.kernel]
-    config = variant.config
+    config, known = variant.config, KNOWN[variant.known]
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
     dtypes = {"dw": variant.output.removesuffix(" +="), "db_partial_ptr": "fp32"}
-    types, aligned = {}, []
+    types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
         if name in blocks and config.USE_TMA:
             rows, cols = (sizes[axis] for axis in blocks[name])
             types[name] = f"tensordesc<{dtype}[{rows}, {cols}]>"
-        elif name in blocks or name.endswith("_ptr"):
-            types[name] = f"*{dtype}"
-            aligned.append(name)
+            continue
+        if name in blocks or name.endswith("_ptr"):
+            types[name], kind = f"*{dtype}", "ptr"
         elif name.startswith("stride") or name in ("M", "N", "K"):
-            types[name] = "i32"
-            if name != "M":
-                aligned.append(name)
+            types[name], kind = "i32", "K" if name.startswith("stride") else name
         else:
-            types[name] = "constexpr"
-    return types, tuple(aligned)
+            types[name], kind = "constexpr", ""
+        if kind in known:
+            divisible.append(name)
+    return types, tuple(divisible)
 
 
 def compile_variant(variant: Variant):
     """Return the compiled kernel."""
     function, _ = SPECS[variant.kernel]
     types, divisible = signature(variant)
-    values = variant.config.meta | FLAGS.get(variant.kernel, {})
+    values = variant.config.meta | {"HAS_BIAS": False, "TRANS_B": variant.kernel == "linear"}
+    values |= {option: option in variant.form for option in OPTIONS.get(variant.kernel, ())}
     values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
@@ -146,7 +162,7 @@ def compile_variant(variant: Variant):
         fn=function,
         signature=types,
         constexprs={name: values[name] for name, kind in types.items() if kind == "constexpr"},
-        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible if variant.aligned},
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
     return compile(source, target=TARGETS[variant.arch], options=options)
@@ -154,8 +170,8 @@ def compile_variant(variant: Variant):
 
 def check(variant: Variant) -> dict:
     """Compile and inspect one variant."""
-    row = variant._asdict() | {"config": describe(variant.config, variant.aligned), "triton": triton.__version__}
-    del row["aligned"]
+    aligned = variant.known == "all"
+    row = variant._asdict() | {"config": describe(variant.config, aligned), "triton": triton.__version__}
     try:
         compiled = compile_variant(variant)
     except Exception as error:  # a compiler that gives up is a finding, not a crash of the gate
@@ -163,7 +179,7 @@ def check(variant: Variant) -> dict:
         return row | {"problems": [f"{type(error).__name__}: {last[:200]}"]}
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
-        copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if variant.aligned else None
+        copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
         report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy)
     else:
         report = inspect_amd(compiled, variant.arch)
@@ -182,7 +198,7 @@ def check_column_sum(arch: str) -> dict:
     }
     compiled = compile(ASTSource(fn=function, signature=types, constexprs=constants), target=TARGETS[arch])
     row = {"arch": arch, "kernel": "column_sum", "config": "-", "arithmetic": "ieee", "dtype": "fp32"}
-    row |= {"activation": None, "output": "bf16", "triton": triton.__version__}
+    row |= {"activation": None, "known": "none", "output": "bf16", "form": (), "triton": triton.__version__}
     return row | (inspect_nvidia(compiled, arch, "ieee", None) if arch != "gfx942" else inspect_amd(compiled, arch))
 
 
@@ -190,7 +206,7 @@ def check_with(folder: str, args: argparse.Namespace) -> list[dict]:
     """Return the rows of the same command under the triton in `folder`."""
     command = [sys.executable, __file__, "--json", f"--jobs={args.jobs}"]
     command += [f"--arch={arch}" for arch in args.arch or ()] + [f"--kernel={kernel}" for kernel in args.kernel or ()]
-    command += ["--all-activations"] * args.all_activations
+    command += ["--all"] * args.all
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout)
@@ -201,14 +217,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=TARGETS, action="append", help="default: all; may be repeated")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all; may be repeated")
-    parser.add_argument("--all-activations", action="store_true", help="every row with every activation and dtype")
+    parser.add_argument("--all", action="store_true", help="every row with every activation, dtype and form")
     parser.add_argument("--also", metavar="FOLDER", help="repeat everything with the triton in this folder")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a summary, one line a row")
     args = parser.parse_args()
     arches, kernels = args.arch or list(TARGETS), args.kernel or list(KERNELS)
-    jobs = [job for arch in arches for kernel in kernels for job in variants(arch, kernel, args.all_activations)]
+    jobs = [job for arch in arches for kernel in kernels for job in variants(arch, kernel, args.all)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
         rows = list(pool.map(check, jobs))
     if not args.kernel:
@@ -221,9 +237,10 @@ def main() -> int:
         print(json.dumps(rows))
     else:
         for row in rows:
-            facts = " ".join(f"{k}={row[k]}" for k in list(row)[7:] if k != "problems")
+            facts = " ".join(f"{k}={row[k]}" for k in list(row)[9:] if k != "problems")
             name = f"{row['arch']:<7}{row['kernel']:<18}{row['config']:<28}{row['arithmetic']:<6}"
             name += f"{row['dtype']:<5}{row['output']:<8} {row['activation'] or '-':<11}"
+            name += f"{'+'.join(row['form']).lower() or '-':<22}{row['known']:<6}"
             print(f"{name}{'; '.join(row['problems']) or 'ok'}  {facts}")
     return int(any(row["problems"] for row in rows if row["arch"] in ENFORCED))
 

@@ -8,10 +8,11 @@ ENFORCED = ("sm_80", "sm_90")
 HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
-GPU. Each line is the worst of all activations, dtypes and, for wgrad, outputs (operands' dtype, fp32, added to fp32),
-in the form of the kernel that keeps most alive: bias added, everything stored. Written by
+GPU. Each line is the worst of all activations, dtypes, forms (with and without bias, and each output that is stored on
+demand; where rows are reported only: with everything) and, for wgrad, outputs (operands' dtype, fp32, added to fp32).
+Written by
 
-    .venv/bin/python tests/compile_gate.py --all-activations --also .cache/triton-3.6.0 --markdown docs/compiled.md
+    .venv/bin/python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
 - configuration: BLOCK_M×BLOCK_N×BLOCK_K, w warps, s stages; tma descriptors or ptr pointers; split: the epilogue works
   on two column halves; odd: for operands that cannot be copied 16 bytes at once. A gated forward has two accumulators

@@ -6,7 +6,7 @@ Runs layers forward and backward at several numbers of tokens and prints one JSO
 
     launches     kernel → [launches, compiled variants]
     operators    torch operators called by ffn and its launchers, forward and backward: what a CUDA graph would capture
-    addresses    of each tensor given to a prepared launch: whether the kernel received its address
+    addresses    of each descriptor that a prepared launch uses again: whether it holds its tensor's address
 
 Run it in a process without TRITON_INTERPRET.
 """
@@ -75,8 +75,8 @@ def main() -> None:
     def with_descriptors(self, tensors):
         arguments = prepared(self, tensors)
         for tensor, argument in zip(tensors, arguments, strict=True):
-            given = argument.base if isinstance(argument, TensorDescriptor) else argument
-            received.append(given.data_ptr() == tensor.data_ptr())
+            if isinstance(argument, TensorDescriptor):
+                received.append(argument.base.data_ptr() == tensor.data_ptr())
         return arguments
 
     Launch._with_descriptors = with_descriptors

@@ -3,7 +3,7 @@
     python tests/mutants.py                           # all of them
     python tests/mutants.py --only linear_dact        # those whose file or name matches a regular expression
     python tests/mutants.py --list --only 'gate|up'   # only name them
-    python tests/mutants.py --jobs 2 --json found.json
+    python tests/mutants.py --jobs 2 --json found.json --markdown docs/mutants.md
 
 Each mutant (mutants_of_kernels.py, mutants_of_package.py) names the tests that must notice it. They run unbroken first,
 then once per mutant, without a GPU:
@@ -38,6 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("kernels", "tpffn_triton", "tests", "bench")  # bench: for tests/jit_launches.py
 TEST_SECONDS, RUN_SECONDS = 120, 600
 TYPO = re.compile(r"\b(?:Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Compilation)Error\b")
+HEADER = """\
+# Mistakes that the tests notice
+
+Each is made by itself in a copy of the sources; the tests beside it must then fail. caught {caught} / total {total}.
+Written by
+
+    make mutants MUTANTS_FLAGS="--markdown docs/mutants.md"
+
+| mistake | file | verdict | tests |
+|---|---|---|---|
+"""
 PROBE = """\
 import pathlib, tpffn_triton
 def test_the_copy_is_imported():
@@ -164,6 +175,13 @@ def examine(mutants: list[Mutant], jobs: int) -> dict[Mutant, Outcome]:
     return {m: found[m.name] for m in mutants}
 
 
+def markdown(outcomes: dict[Mutant, Outcome]) -> str:
+    """Return docs/mutants.md."""
+    caught = sum(outcome.verdict == "caught" for outcome in outcomes.values())
+    rows = [f"| {m.name} | `{m.file}` | {o.verdict} | `{m.tests}` |" for m, o in outcomes.items()]
+    return HEADER.format(caught=caught, total=len(outcomes)) + "\n".join(rows) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, examine the selected mutants, print a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--jobs", metavar="N", type=int, default=os.cpu_count(), help="runs at a time; default: one a core"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the outcomes there as well")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of them there")
     args = parser.parse_args(arguments)
     mutants = [m for m in MUTANTS if re.search(args.only, f"{m.file} {m.name}", re.IGNORECASE)]
     if not mutants:
@@ -193,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"caught {caught} / total {len(outcomes)}")
     if args.json:
         args.json.write_text(json.dumps([m._asdict() | o._asdict() for m, o in outcomes.items()], indent=1))
+    if args.markdown:
+        args.markdown.write_text(markdown(outcomes))
     return int(caught < len(outcomes))
 
 

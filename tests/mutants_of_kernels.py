@@ -7,6 +7,8 @@ ODD, TILES = INTEGERS.format("odd"), INTEGERS.format("tiles")
 GATED = "test_kernels.py -k 'test_small_integers_are_exact and geglu and {}'"
 ROWS = "test_kernels.py -k 'test_every_configuration_row and 16bit-128x128 and tma'"
 NO_TMA = "test_kernels.py -k tma_cannot_address"
+TF32 = "test_precision.py -k precision_reaches"
+REJECTED = "test_kernels.py -k launchers_reject"
 AT_ONCE = "test_kernels.py -k 16_bytes_at_once"
 COLUMN_SUM = "test_kernels.py -k column_sum"
 ROUNDED = "test_precision.py -k rounded_once"
@@ -34,6 +36,7 @@ SHAPELESS = (
 
 MUTANTS = {
     "kernels/activations.py": [
+        ("unknown activation accepted", "if activation not in ACTIVATIONS:", "if False:", REJECTED),
         (
             "erf for tanh",
             'if ACTIVATION == "gelu" or ACTIVATION == "gelu_16bit":\n        cdf, _',
@@ -203,7 +206,7 @@ MUTANTS = {
             TILES,
         ),
         ("d_gate and d_up swapped", "d_pre, d_pre[:, N:])", "d_pre[:, N:], d_pre)", BACKWARD),
-        ("d_gate without the derivative", "acc *= derivative", "acc * factor", BACKWARD),
+        ("d_gate without the derivative", "acc *= derivative", "acc += 0.0", BACKWARD),
         ("recomputed hidden without up", "value * factor", "value", BACKWARD),
         ("db1 of up stored over gate's", "sums_ptr + N", "sums_ptr", BACKWARD),
         (
@@ -220,6 +223,7 @@ MUTANTS = {
         ),
     ],
     "kernels/matmul.py": [
+        ("launch reused for another precision", "trans_b, _configs.arithmetic_of(a.dtype)", 'trans_b, "ieee"', TF32),
         ("main_grad overwritten instead of added to", '"ACCUMULATE": dw is not None', '"ACCUMULATE": False', TILES),
         (
             "fp32 weight gradient through 16 bits",
@@ -237,19 +241,21 @@ MUTANTS = {
     ],
     "kernels/_launch.py": [
         ("alignment of the base ignored", "t.residue == 0", "True", NO_TMA),
-        ("rows that overlap sent to TMA", "and t.strides[0] >= t.shape[1]", "", NO_TMA),
+        ("rows that overlap sent to TMA", "and t.strides[0] >= t.shape[1]", "", AT_ONCE),
+        ("any dtype stored", "if dtype not in SUPPORTED_DTYPES", "if False", REJECTED),
         ("odd strides sent to TMA", "t.strides[0] % step == 0", "True", AT_ONCE),
         ("odd widths sent to pointers", "and (by_tma or t.shape[1] % step == 0)\n", "\n", AT_ONCE),
         ("launch reused for another alignment", "t.data_ptr() % 16)", "0)", NO_TMA),
-        ("launch reused for another M", "prepared_once = lru_cache(maxsize=8192)\n", SHAPELESS, COLUMN_SUM),
+        ("launch reused for another M", "prepared_once = lru_cache(maxsize=2048)\n", SHAPELESS, COLUMN_SUM),
         (
             "descriptor reused for another address",
-            "descriptor = known.get(address)",
-            "descriptor = next(iter(known.values()), None)",
+            "descriptor = self._known.get(address)",
+            "descriptor = next(iter(self._known.values()), None)",
             JIT,
         ),
     ],
     "kernels/_configs.py": [
+        ("TF32 asked for, IEEE computed", '"tf32": "tf32", "ieee"', '"tf32": "ieee", "ieee"', TF32),
         ("TF32 refused", 'fp32_precision == "tf32" else "ieee"', 'fp32_precision == "tf32x3" else "ieee"', PRECISION),
         ("TF32 unasked", 'fp32_precision == "tf32" else "ieee"', 'fp32_precision != "" else "ieee"', PRECISION),
         (

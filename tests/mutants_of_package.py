@@ -10,6 +10,7 @@ Y = "kernels.linear(act, w2, b2 if group.rank() == 0 else None)"
 MUTANTS = {
     "tpffn_triton/passes.py": [
         ("b2 added by every rank", "b2 if group.rank() == 0 else None", "b2", RANKS.format("relu-")),
+        ("y a view", "torch.ops.aten._unsafe_view(y, x.shape)", "y.view(x.shape)", "test_pytorch.py -k in_place"),
         ("y not reduced", f"all_reduce({Y}, group)", Y, RANKS.format("relu-")),
         ("dx not reduced", "dx = start_all_reduce(dx, group)", "dx = dx", RANKS.format("relu-")),
         ("dx not waited for", "dx if group is None else wait(dx)", "dx", IN_FLIGHT),
@@ -59,20 +60,26 @@ MUTANTS = {
     "tpffn_triton/functional.py": [
         (
             'pre_act kept although save="nothing"',
-            'if save == "pre_act" and (need_d_pre or need_w2):',
-            "if need_d_pre or need_w2:",
+            'if save == "pre_act" and (need_d_pre or need_w2)',
+            "if (need_d_pre or need_w2)",
             "test_pytorch.py -k saved_bytes",
         ),
         (
+            "what to keep chosen by what a transform hides",
+            " and not transforming():",
+            ":",
+            "test_pytorch.py -k leaves_that_need",
+        ),
+        (
             "agreement skipped",
-            "agree(group, x.device, kind,",
-            "(lambda *_: None)(group, x.device, kind,",
+            "agree(comparing, x.device, kind,",
+            "(lambda *_: None)(comparing, x.device, kind,",
             "test_distributed.py -k 'nobody_hanging and bias'",
         ),
         (
             "rejection sent by a compiled call",
-            "if group is not None and not torch.compiler.is_compiling():\n            device",
-            "if group is not None:\n            device",
+            "comparing = None if torch.compiler.is_compiling() else group",
+            "comparing = group",
             "test_distributed.py -k compiled_call_with_wrong",
         ),
         ("second derivative allowed by autograd", "    @once_differentiable\n", "", SECOND),
@@ -80,15 +87,22 @@ MUTANTS = {
     "tpffn_triton/transforms.py": [
         (
             "second derivative allowed by torch.func",
-            'raise RuntimeError("tpffn_triton has no second derivatives: its backward is once_differentiable")',
-            "return (None,) * 7",
+            'raise RuntimeError(f"{NO_SECOND_DERIVATIVES}: its derivatives are once_differentiable")',
+            "return (None,) * 11",
             SECOND,
         ),
         (
             "derivative of the derivative forgotten by forward mode",
-            'raise RuntimeError("tpffn_triton has no second derivatives: forward-mode AD of its backward")',
+            'raise RuntimeError(f"{NO_SECOND_DERIVATIVES}: forward-mode AD of its derivatives")',
             "return (None,) * 5",
             SECOND,
+        ),
+        ("tangent differentiable", "_Once.apply(_tangent, ctx.wanted.call, ", "_tangent(ctx.wanted.call, ", SECOND),
+        (
+            "other tensors saved for backward than for forward mode",
+            "ctx.save_for_backward(*inputs[:5])",
+            "ctx.save_for_backward(*_, None)",
+            "test_pytorch.py -k leaves_that_need",
         ),
         (
             "tangent of w2 forgotten",
@@ -98,7 +112,7 @@ MUTANTS = {
         ),
         (
             "tangent not reduced",
-            "dy = dy if group is None else all_reduce(dy, group)",
+            "dy = dy if call.group is None else all_reduce(dy, call.group)",
             "",
             "test_distributed_pytorch.py -k transforms",
         ),
@@ -106,8 +120,8 @@ MUTANTS = {
     "tpffn_triton/ops.py": [
         (
             "elements of a batch with the batch's strides",
-            "arg.select(dim, i).contiguous()",
-            "arg.select(dim, i)",
+            "return arg.select(dim, i).contiguous()",
+            "return arg.select(dim, i)",
             "test_ops.py -k vmap",
         ),
         (
@@ -115,6 +129,12 @@ MUTANTS = {
             "N = width // 2 if activation in GATED_ACTIVATIONS else width",
             "N = width",
             "test_ops.py -k 'opcheck and gated'",
+        ),
+        (
+            "operators not seen by a function mode",
+            "        or torch._C._len_torch_function_stack()\n",
+            "",
+            "test_ops.py -k modes_see",
         ),
         (
             "operators not recorded by a dispatch mode",

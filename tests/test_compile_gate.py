@@ -73,10 +73,11 @@ def test_the_gate_sees_spills():
     script = (
         "import compile_gate as gate\n"
         "from tpffn_triton.kernels._configs import Config\n"
+        "options = gate.OPTIONS['linear_dact']\n"
         "for tile in ((128, 256, 64, 4, 3), (64, 64, 64, 4, 4)):\n"
         "    config = Config(*tile, USE_TMA=True)\n"
-        "    row = gate.check(gate.Variant('sm_90', 'linear_dact', config, '16bit', 'bf16', 'gelu', True, 'bf16'))\n"
-        "    print(bool(row['problems']))\n"
+        "    variant = ('sm_90', 'linear_dact', config, '16bit', 'bf16', 'gelu', 'all', 'bf16', options)\n"
+        "    print(bool(gate.check(gate.Variant(*variant))['problems']))\n"
     )
     result = run_compiling("-c", script)
     assert result.stdout.split() == ["True", "False"], result.stderr
@@ -137,13 +138,14 @@ def test_what_launches_do_on_the_host(arch, triton_folder):
         "wgrad_kernel": [56, 2],
     }
     assert found["operators"] == ["new_empty", "select", "slice", "view"]
-    assert len(found["addresses"]) > 100
     assert all(found["addresses"])
+    assert bool(found["addresses"]) == (arch == "sm_90")  # sm_80 has no descriptors
 
 
 def test_host_cost(tmp_path):
-    """About 1.5 times eager's on an idle machine (bench/host_cost.py prints it); here others may be running."""
+    """On an idle machine less than four times what three torch operations need without a launch; here others may be
+    running. A launch that is prepared anew, or bound by Triton's JIT, at every call costs several times that."""
     result = run_compiling(ROOT / "bench" / "host_cost.py", "--json", tmp_path / "host_cost.json")
     assert result.returncode == 0, result.stderr
     without_gradients = json.loads((tmp_path / "host_cost.json").read_text())["rows"][0]
-    assert without_gradients["ratio"] < 2.5, result.stdout
+    assert without_gradients["ratio"] < 7, result.stdout

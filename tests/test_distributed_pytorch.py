@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from ffn_cases import NAMES, assert_all_accurate, draw, eager, exact, ours, results, shards
 from rank_pool import use
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import tpffn_triton as tp
@@ -109,10 +111,32 @@ def transforms_and_checkpoint(rank, world_size):
     _, tangent = torch.func.jvp(ffn, leaves, tangents)
     _, right = torch.func.jvp(lambda *t: ffn_reference(*t, activation="swiglu"), problem.leaves(), full.leaves())
     torch.testing.assert_close(tangent, right, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(lambda x: torch.func.jvp(ffn, (x, *leaves[1:]), tangents)[1].sum())(leaves[0])
+    batch = torch.stack([leaves[0], problem.dy])
+    rows = torch.func.vmap(lambda x: ffn(x, *leaves[1:]))(batch)
+    torch.testing.assert_close(rows, torch.stack([ffn(x, *leaves[1:]) for x in batch]))
 
 
 def test_transforms_and_checkpoint_at_p2(ranks_of):
     ranks_of(2).run(transforms_and_checkpoint)
+
+
+def first_call_with_fake_tensors(rank, world_size):
+    """The exchange of arguments is real, and no part of what a mode sees."""
+    use("native")
+    group = dist.new_group(list(range(world_size)))
+    leaves = own_leaves(draw((5,), 16, 24), rank, world_size)
+    with FakeTensorMode() as mode:
+        y = tp.ffn(*(mode.from_tensor(t) for t in leaves), tp_group=group)
+    assert y.shape == (5, 16)
+    other = dist.new_group(list(range(world_size)))
+    graph = make_fx(lambda *t: tp.ffn(*t, tp_group=other))(*leaves).graph
+    assert not any("gather" in str(node.target) for node in graph.nodes)
+
+
+def test_first_call_with_fake_tensors_at_p2(ranks_of):
+    ranks_of(2).run(first_call_with_fake_tensors)
 
 
 def exported(rank, world_size):

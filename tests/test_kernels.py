@@ -1,5 +1,7 @@
 """Every kernel by itself: each activation, dtype and configuration row, against eager and fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {"smoke": (24, 40, 32), "tiles": (130, 152, 200), "odd": (67, 71, 45)}
 # A pointer tile small enough that the shapes above need several in every direction.
 TINY = Config(32, 32, 32, 4, 2)
+TMA, SPLIT = replace(TINY, USE_TMA=True), replace(TINY, SPLIT_EPILOGUE=True)
 
 
 def randn(*shape, dtype, device, seed=0):
@@ -266,7 +269,7 @@ def test_empty_dims(M, H, F, activation, device):
 
 
 def test_nan_is_never_hidden(device):
-    """A NaN in x reaches its row of the output under every activation, relu included."""
+    """A NaN in x, dy or pre_act reaches its row of the output under every activation, relu included, and no other."""
     x = torch.zeros(4, 16, device=device)
     x[2, 3] = float("nan")
     for activation in ACTIVATIONS:
@@ -274,6 +277,15 @@ def test_nan_is_never_hidden(device):
         act, _ = linear_act(x, weight, None, activation, False)
         assert act[2].isnan().all()
         assert not act[[0, 1, 3]].isnan().any()
+        pre_act = torch.ones(4, weight.shape[0], device=device)
+        d_pre, _, _ = linear_dact(x, torch.ones(16, 8, device=device), pre_act, activation, False, None)
+        assert d_pre[2].isnan().all()
+        assert not d_pre[[0, 1, 3]].isnan().any()
+        pre_act[2, 5] = float("nan")
+        ones = torch.ones(4, 16, device=device), torch.ones(16, 8, device=device)
+        d_pre, act, _ = linear_dact(*ones, pre_act, activation, True, None)
+        assert torch.equal(act.isnan(), REFERENCE[activation](pre_act).isnan())
+        assert not d_pre[[0, 1, 3]].isnan().any()
 
 
 def test_launches_repeat_bit_for_bit(device):
@@ -301,6 +313,20 @@ def test_launches_repeat_bit_for_bit(device):
             r"expected contiguous \(4, 6\)",
         ),
         (lambda t: column_sum(t(4)), r"expected a 2-D tensor .* got \(4,\)"),
+        (lambda t: linear_act(t(4, 8), t(6, 8), None, "gulu", False), "must be one of .* got 'gulu'"),
+        (
+            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "gulu", True, None),
+            "must be one of .* got 'gulu'",
+        ),
+        (
+            lambda t: linear_act(t(0, 8), t(6, 8), None, "gelu_16bit", False),
+            "must be one of .* got 'gelu_16bit'",
+        ),
+        (lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "relu", True, torch.int32), "db: dtype torch.int32 is not"),
+        (lambda t: wgrad(t(4, 8), t(4, 6), torch.float64), "dw: dtype torch.float64 is not"),
+        (lambda t: column_sum(t(4, 8), torch.int32), "out: dtype torch.int32 is not"),
+        (lambda t: linear(t(4, 9), t(6, 9), None, TMA), r"linear: TMA cannot address every one of .*\(4, 9\)"),
+        (lambda t: linear_act(t(4, 8), t(6, 8), None, "swiglu", False, SPLIT), "no split epilogue with swiglu"),
     ],
 )
 def test_launchers_reject_operands_that_do_not_fit(call, message, device):
@@ -326,7 +352,7 @@ def test_operands_that_cannot_be_copied_16_bytes_at_once_take_a_row_of_their_own
 ):
     storage = torch.empty(40 * 96 + 16, dtype=dtype)  # a CPU tensor stands for sm_90 in the interpreter
     operand = _launch.Operand(*_launch.signature(storage.as_strided((40, width), (stride, 1), offset)))
-    config = _launch.configuration("linear", 40, 64, operand)
+    config = _launch.configuration("linear", None, 40, 64, operand)
     assert (config is not _configs.odd_strides("linear", _configs.arithmetic_of(dtype))) == addressable
 
 

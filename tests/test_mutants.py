@@ -50,6 +50,13 @@ def test_verdicts(status, output, verdict, detail):
     assert detail in found[1]
 
 
+def test_the_committed_report_has_todays_mutants():
+    rows = (mutants.ROOT / "docs" / "mutants.md").read_text().splitlines()
+    assert [row for row in rows if row.startswith("| ")][1:] == [
+        f"| {m.name} | `{m.file}` | caught | `{m.tests}` |" for m in mutants.MUTANTS
+    ]
+
+
 @pytest.mark.slow
 def test_the_command(monkeypatch, tmp_path, capsys):
     """One mutant that is noticed, one that is not, one that nothing could import."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from launches import RecordOperators
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import tpffn_triton as tp
 from tpffn_triton import backends, native, ops, reference
@@ -80,6 +81,31 @@ def test_vmap_over_any_dim(device):
     dy, weight = torch.randn(M, F, 3, device=device), torch.randn(F, H, device=device)
     mine = torch.func.vmap(lambda t: torch.ops.tpffn.dgrad(t, weight), in_dims=2)(dy)
     torch.testing.assert_close(mine, torch.stack([dy[:, :, i] @ weight for i in range(3)]), rtol=1e-4, atol=1e-4)
+    empty = torch.func.vmap(lambda t: tp.ffn(t, weight, weight.t().contiguous()))(torch.empty(0, M, H, device=device))
+    assert empty.shape == (0, M, H)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_modes_see_the_operators(device):
+    """The dispatcher is passed by only where nobody looks."""
+
+    class Names(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    layer, x = tp.TensorParallelFFN(H, F, device=device), torch.randn(M, H, device=device)
+    with torch.no_grad(), Names() as functions:
+        layer(x)
+    names = []
+    with torch.no_grad(), RecordOperators(names):
+        layer(x)
+    assert names == ["linear_act", "linear"]
+    assert [name for name in functions.seen if name.startswith("linear")] == ["linear_act.default", "linear.default"]
 
 
 @pytest.mark.parametrize("mode", [None, FakeTensorMode], ids=["meta", "fake"])

@@ -13,6 +13,7 @@ from tpffn_triton.kernels import _configs
 from tpffn_triton.kernels.activations import ACTIVATIONS, activate_with_derivative
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
+from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
 from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 from tpffn_triton.reference import ffn_reference
 
@@ -35,6 +36,31 @@ def test_fp32_precision_follows_torch(setting):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cuda.matmul.fp32_precision = before[1]
+
+
+@pytest.mark.parametrize("kernel", ["linear_act", "gated", "linear_dact", "linear", "dgrad", "wgrad"])
+def test_fp32_precision_reaches_every_kernel(kernel, device):
+    """On the same operands TF32 gives other bits, and IEEE its own again: prepared launches are not mixed up."""
+    x, w1, w2 = (torch.randn(s, generator=torch.manual_seed(0)).to(device) for s in ((32, 64), (48, 64), (64, 48)))
+    call = {
+        "linear_act": lambda: linear_act(x, w1, None, "relu", False)[0],
+        "gated": lambda: linear_act(x, w1, None, "swiglu", False)[0],
+        "linear_dact": lambda: linear_dact(x, w2, x[:, :48].contiguous(), "relu2", False, None)[0],
+        "linear": lambda: linear(x, w1, None),
+        "dgrad": lambda: dgrad(x, w2),
+        "wgrad": lambda: wgrad(x, x),
+    }[kernel]
+    before = torch.get_float32_matmul_precision()
+    results = []
+    try:
+        for setting in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(setting)
+            results.append(call())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(results[0], results[2])
+    error = (results[1] - results[0]).norm() / results[0].norm()
+    assert 1e-5 < error < 2e-3
 
 
 @triton.jit
@@ -126,7 +152,7 @@ def test_backward_inside_autocast_changes_nothing(device):
 
 @pytest.mark.usefixtures("implementation")
 def test_autocast_leaves_other_dtypes_as_torch_does(device, monkeypatch):
-    """fp16 tensors are cast like fp32 ones; fp64 stays; integers are refused."""
+    """fp16 tensors are cast like fp32 ones; fp64 stays; integers, and fp64 beside others, are refused."""
     with torch.autocast(device, dtype=torch.bfloat16):
         assert tp.ffn(*draw((3,), 8, 16, dtype=torch.float16, device=device).leaves()).dtype == torch.bfloat16
         mixed = [
@@ -142,6 +168,8 @@ def test_autocast_leaves_other_dtypes_as_torch_does(device, monkeypatch):
             tp.ffn(*(t.long() for t in mixed))
         with pytest.raises(TypeError, match=r"w1 torch.int64"):
             tp.ffn(mixed[0], mixed[1].long(), *mixed[2:])
+        with pytest.raises(TypeError, match=r"w1 torch.float64"):
+            tp.ffn(mixed[0], mixed[1].double(), *mixed[2:])
 
 
 @pytest.mark.usefixtures("implementation")

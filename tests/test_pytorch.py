@@ -197,6 +197,12 @@ TRANSFORMS = {
     "ensemble": lambda f, p: vmap(f, in_dims=(None, 0, None, 0, None))(
         p.x, torch.stack([p.w1, -p.w1]), p.w2, torch.stack([p.b1, p.b1]), p.b2
     ),
+    "grad of vmap": lambda f, p: grad(lambda *t: vmap(f, in_dims=X_ONLY)(*t).square().sum(), argnums=ALL)(*p.leaves()),
+    "grad of vmap, every bias its own dim": lambda f, p: grad(
+        lambda *t: vmap(f, in_dims=(0, None, None, 1, 1))(*t).square().sum(), argnums=ALL
+    )(torch.stack([p.x, p.dy, p.x]), p.w1, p.w2, torch.stack([p.b1] * 3, 1), torch.stack([p.b2] * 3, 1)),
+    "jvp of vmap": lambda f, p: jvp(vmap(f, in_dims=X_ONLY), p.leaves(), tuple(t.cos() for t in p.leaves())),
+    "vmap of jvp": lambda f, p: vmap(lambda x: jvp(lambda w: f(x, w, *p.leaves()[2:]), (p.w1,), (p.w1.cos(),)))(p.x),
     "gradients per sample": lambda f, p: vmap(
         grad(lambda *t: f(*t).square().sum(), argnums=(1, 2, 3, 4)), in_dims=X_ONLY
     )(*p.leaves()),
@@ -210,6 +216,66 @@ def test_torch_func(transform, activation, device):
     problem = draw((3,), 8, 16, activation=activation, device=device)
     mine, right = (TRANSFORMS[transform](f, problem) for f in transformed(activation))
     assert_near(mine, right)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("save", ["pre_act", "nothing"])
+@pytest.mark.parametrize("needing", [(0,), (1,), (2,), (4,), (0, 2), ALL])
+def test_transforms_around_leaves_that_need_gradients(needing, save, device):
+    """Autograd through vmap, and transforms over one argument while others need gradients outside of it."""
+    problem = draw((4, 3), 8, 16, device=device)
+
+    def outcomes(f):
+        def leaves():
+            return [t.clone().requires_grad_(i in needing) for i, t in enumerate(problem.leaves())]
+
+        outer = leaves()
+        vmap(f, in_dims=X_ONLY)(*outer).square().sum().backward()
+        yield [t.grad for t in outer if t.requires_grad]
+        for i, t in enumerate(problem.leaves()):
+            others = leaves()
+
+            def loss(t, i=i, others=others):
+                return f(*others[:i], t, *others[i + 1 :]).square().sum()
+
+            yield grad(loss)(t)
+
+    assert_near(
+        list(outcomes(lambda *t: tp.ffn(*t, save=save))),
+        list(outcomes(ffn_reference)),
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_gradient_that_never_comes(device):
+    """Whatever follows may return no gradient for y."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(y):
+            return y.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    problem = draw((3,), 8, 16, device=device)
+    loss = lambda x: Stop.apply(tp.ffn(x, *problem.leaves()[1:])).sum() + x.sum()  # noqa: E731
+    assert torch.equal(grad(loss)(problem.x), torch.ones_like(problem.x))
+
+
+@pytest.mark.usefixtures("implementation")
+def test_output_can_be_modified_in_place(device):
+    problem = draw((2, 3), 8, 16, device=device)
+    leaves = [t.clone().requires_grad_() for t in problem.leaves()]
+    y = tp.ffn(*leaves)
+    y += problem.dy
+    y.sum().backward()
+    assert_near(y, ffn_reference(*leaves) + problem.dy)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -246,7 +312,15 @@ def test_second_derivatives_are_refused(device):
         lambda x: grad(lambda x: grad(loss)(x).sum())(x),
         hessian(loss),
         jacrev(jacrev(loss)),
+        jacfwd(jacfwd(loss)),
         lambda x: jvp(grad(loss), (x,), (x,)),
+        lambda x: jvp(lambda x: jvp(loss, (x,), (x.cos(),))[1], (x,), (x,)),
+        lambda x: grad(lambda x: jvp(loss, (x,), (x.cos(),))[1])(x),
     ):
         with pytest.raises(RuntimeError, match="no second derivatives"):
             second(problem.x)
+    with forward_ad.dual_level():
+        y = tp.ffn(forward_ad.make_dual(leaves[0], problem.dy), *leaves[1:])
+        tangent = forward_ad.unpack_dual(y).tangent
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            tangent.sum().backward()

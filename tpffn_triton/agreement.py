@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 MESSAGE_BYTES = 1024
 
@@ -45,12 +46,17 @@ def agree(group: dist.ProcessGroup, device: torch.device, kind: LayerKind, descr
     kinds.add(kind)
 
 
-def reject(group: dist.ProcessGroup, device: torch.device, w1_shape: torch.Size | None, error: Exception) -> None:
+def reject(
+    group: dist.ProcessGroup, device: torch.device, known: LayerKind | torch.Size | None, error: Exception
+) -> None:
     """Tell the group that this rank's arguments are wrong, if the others are about to compare theirs: on the first call
-    with this shape of w1 (None: w1 itself is wrong), when they wait for this rank's text. Later they no longer listen,
-    and a message would be taken for data."""
-    kinds = _agreed.get(group, set())
-    if not any(kind.w1_shape == w1_shape or w1_shape is None for kind in kinds):
+    of a kind, when they wait for this rank's text. Later they no longer listen, and a message would be taken for data.
+
+    known: the kind; where the error hides that, the shape of w1 (None: w1 itself is wrong), and the first call counts
+    that has it.
+    """
+    agreed = any(known in (kind, kind.w1_shape, None) for kind in _agreed.get(group, set()))
+    if not agreed:
         _all_gather_text(group, device, f"rejected: {error}")
 
 
@@ -61,7 +67,8 @@ def _all_gather_text(group: dist.ProcessGroup, device: torch.device, text: str) 
     elif device.type != "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
-    mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group=group)
-    return [bytes(t.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered]
+    with _disable_current_modes():  # which would fake the exchange, or record it as part of the layer
+        mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
+        gathered = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(gathered, mine, group=group)
+        return [bytes(t.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered]

@@ -50,32 +50,36 @@ def ffn(
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
     """
     group = resolve_group(tp_group)
+    # Compiled calls compare nothing.
+    comparing = None if torch.compiler.is_compiling() else group
+    kind: Any = None
     try:
         check_modes(activation, save, sequence_parallel)
         dtype = check_ffn_arguments(x, w1, w2, b1, b2, activation)
-        if gradient_accumulation_fusion:
+        need_d_pre = need_w2 = need_b2 = False
+        if torch.is_grad_enabled():
+            need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
+            need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
+        if comparing is not None:
+            dx_needed = need_d_pre and x.requires_grad
+            kind = LayerKind(w1.shape, (dtype, x.device.type, activation, b2 is None, dx_needed))
+        if gradient_accumulation_fusion and torch.is_grad_enabled():
             check_main_grads(w1, w2)
     except (TypeError, ValueError) as error:
-        # Compiled calls compare nothing: nobody would be listening.
-        if group is not None and not torch.compiler.is_compiling():
-            device, w1_shape = getattr(x, "device", torch.device("cpu")), getattr(w1, "shape", None)
-            reject(group, device, w1_shape, error)
+        if comparing is not None:
+            device = getattr(x, "device", torch.device("cpu"))
+            reject(comparing, device, kind or getattr(w1, "shape", None), error)
         raise
-    need_d_pre = need_w2 = need_b2 = False
-    if torch.is_grad_enabled():
-        need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
-        need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
-    if group is not None and not torch.compiler.is_compiling():
-        dx_needed = need_d_pre and x.requires_grad
-        kind = LayerKind(w1.shape, (dtype, x.device.type, activation, b2 is None, dx_needed))
-        agree(group, x.device, kind, lambda: _description(x, w1, b2, dtype, activation, dx_needed))
+    if comparing is not None:
+        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, activation, dx_needed))
     keep = "nothing"
-    if save == "pre_act" and (need_d_pre or need_w2):
+    # A transform hides which gradients are wanted.
+    if save == "pre_act" and (need_d_pre or need_w2) and not transforming():
         # Without d_pre nothing recomputes the activation, so dw2 needs it kept.
         keep = "pre_act" if need_d_pre else "act"
     inputs = x, w1, w2, b1, b2, Call(activation, keep, group, dtype, gradient_accumulation_fusion)
     if transforming():
-        return TransformableFFN.apply(*inputs)[0]
+        return TransformableFFN.apply(*inputs)
     return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
 
 

@@ -46,15 +46,20 @@ def _register(name: str, schema: str, fake: Callable, flops: Callable | None) ->
         return run("cuda", args)
 
     def run_batch(info, in_dims, *args):
-        batch = range(info.batch_size)
-        elements = [
-            [arg if dim is None else arg.select(dim, i).contiguous() for arg, dim in zip(args, in_dims, strict=True)]
-            for i in batch
+        def element(arg, dim, i):
+            if dim is None:
+                return arg
+            if info.batch_size == 0:  # anything of the shape
+                return arg.new_zeros(arg.movedim(dim, 0).shape[1:])
+            return arg.select(dim, i).contiguous()
+
+        results = [
+            getattr(torch.ops.tpffn, name)(*(element(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(max(info.batch_size, 1))
         ]
-        results = [getattr(torch.ops.tpffn, name)(*element) for element in elements]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = tuple(torch.stack(outputs)[: info.batch_size] for outputs in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -144,7 +149,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def kernels(*tensors: Tensor | None) -> ModuleType | SimpleNamespace:
     """Return what to call on these tensors: the registered operators; or the functions behind them, where nothing looks
-    at operators: no tracing, transform, dispatch mode, profiler or autocast is active and no tensor is of a subclass.
+    at operators: no tracing, transform, mode, profiler or autocast is active and no tensor is of a subclass.
 
     The dispatcher's 3 µs a call are a tenth of the host's time for a forward.
     """
@@ -153,6 +158,7 @@ def kernels(*tensors: Tensor | None) -> ModuleType | SimpleNamespace:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
         or torch.autograd.profiler._is_profiler_enabled

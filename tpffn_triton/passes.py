@@ -19,7 +19,7 @@ every weight and bias gradient. Gradients nobody asks for are not computed, and 
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,8 @@ from tpffn_triton import ops
 from tpffn_triton.collectives import all_reduce, start_all_reduce, wait
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)  # torch.func takes a tuple apart
+class Call:
     """What a call asks for beside its tensors."""
 
     activation: str
@@ -71,7 +72,7 @@ def forward(
     x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and pre_act or act, whichever backward is to keep."""
-    activation, keep, group, dtype, _ = call
+    activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
     kernels = ops.kernels(x, w1, w2, b1, b2)
     b1, b2 = _vector(b1, dtype), _vector(b2, dtype)
     act, pre_act = kernels.linear_act(_rows(x, dtype), _rows(w1, dtype), b1, activation, keep == "pre_act")
@@ -80,7 +81,8 @@ def forward(
         y = kernels.linear(act, w2, b2)
     else:
         y = all_reduce(kernels.linear(act, w2, b2 if group.rank() == 0 else None), group)
-    return y if x.dim() == 2 else y.view(x.shape), act if keep == "act" else pre_act
+    # Not view: autograd refuses to modify a view in place, as `y += residual` does.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), act if keep == "act" else pre_act
 
 
 def prepare_backward(
@@ -115,7 +117,8 @@ def backward(
     kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dw1, dw2, db1, db2), None where not wanted; kept: forward's second result."""
-    activation, keep, group, dtype, _ = wanted.call
+    call = wanted.call
+    activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
     need_x, need_w1, need_w2, need_b1, need_b2 = wanted.needs
     need_d_pre = need_x or need_w1 or need_b1
     kernels = ops.kernels(dy, x, w1, w2, b1)

@@ -99,11 +99,13 @@ def check_ffn_arguments(
     dtype, device = x.dtype, x.device
     kind = device.type
     autocast = dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
-    for t in (w1, w2, b1, b2):
-        if t is not None and (t.device != device or (t.dtype != dtype and not (autocast and t.dtype in FFN_DTYPES))):
-            _reject_mixture({"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2})
+    dtypes = SUPPORTED_DTYPES if autocast else (dtype,)
+    dtypes = SUPPORTED_DTYPES if autocast else (dtype,)
     if dtype not in FFN_DTYPES:
         raise TypeError(f"dtype {dtype} is not one of {', '.join(map(str, FFN_DTYPES))}")
+    for t in (w1, w2, b1, b2):
+        if t is not None and (t.device != device or t.dtype not in dtypes):
+            _reject_mixture({"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2})
     return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
