@@ -7,8 +7,8 @@ examples:
 On a CUDA machine both are real calls, enqueued without waiting: the ratio that counts. Elsewhere launches are missing
 from both. Of the fused call, all is there up to the compiled kernel's call (stubbed_launches.py). The three torch
 operations run on the CPU with one token of 8 features and without oneDNN, which builds a primitive for every gelu:
-what is left is dispatch and allocation, less than any launch would cost. Rounds alternate; figures are the least of all
-rounds: what the host needs when nothing disturbs it.
+what is left is dispatch and allocation. Rounds alternate; figures are the least of all rounds: what the host needs when
+nothing disturbs it.
 """
 
 import argparse

@@ -122,7 +122,8 @@ _ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 8, 3),
 # The same for kernels that spill with those.
 _OWN_ODD_STRIDES = {
     ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
-    ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2),
+    ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
+    ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}

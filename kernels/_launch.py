@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._configs import Config, arithmetic_of, odd_strides, select
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Serving meets thousands of token counts; a prepared launch is some 5 KB.
+# Serving meets thousands of token counts; a prepared launch is some 5 KB, and 0.3 KB for each address of its tensors.
 prepared_once = lru_cache(maxsize=2048)
 
 
@@ -160,7 +160,7 @@ class _Descriptors:
 
 
 # Shared by launches: a weight's do not depend on the number of tokens.
-_descriptors = lru_cache(maxsize=8192)(_Descriptors)
+_descriptors = lru_cache(maxsize=4096)(_Descriptors)
 
 
 class Launch:

@@ -269,8 +269,8 @@ def linear_dact(
     Returns (d_pre [M, W], act [M, N] or None, db [W] in db_dtype or None where that is None). `config` overrides the
     table.
 
-    Raises: ValueError: an unknown activation; shapes, dtypes, devices or strides that do not fit (the message shows
-    them).
+    Raises: ValueError: an unknown activation; shapes, dtypes, devices, strides or a `config` that do not fit (the
+    message shows them).
     """
     M, N, width, partials, launch = _prepare(
         signature(dy), signature(weight), signature(pre_act), activation, need_act, db_dtype,

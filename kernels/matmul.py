@@ -175,7 +175,7 @@ def linear(
 ) -> torch.Tensor:
     """Return a [M, K] @ weight [N, K].T + bias [N] (None: no bias) as [M, N].
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     return _matmul("linear", a, weight, bias, True, config)
 
@@ -183,7 +183,7 @@ def linear(
 def dgrad(dy: torch.Tensor, weight: torch.Tensor, config: _configs.Config | None = None) -> torch.Tensor:
     """Return dy [M, K] @ weight [K, N] as [M, N].
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     return _matmul("dgrad", dy, weight, None, False, config)
 
@@ -227,7 +227,7 @@ def wgrad(
 ) -> torch.Tensor:
     """Return dy [M, N].T @ x [M, K] as [N, K] in out_dtype (None: dy's).
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     out_dtype = out_dtype or dy.dtype
     N, K, launch = _prepare_wgrad(
@@ -245,7 +245,7 @@ def wgrad_accumulate(
 ) -> None:
     """Add dy [M, N].T @ x [M, K] to dw [N, K], contiguous fp32, in place.
 
-    Raises: ValueError: shapes, dtypes, devices or strides that do not fit (the message shows them).
+    Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     _, _, launch = _prepare_wgrad(
         signature(dy), signature(x), signature(dw), dw.dtype, _configs.arithmetic_of(dy.dtype), config

@@ -66,9 +66,9 @@ OPTIONS = {
     "linear": ("HAS_BIAS",),
 }
 OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("linear_act", "linear_dact")}
-# Which arguments the compiler knows to be multiples of 16: addresses, N, and K with the row strides; never M. "K odd":
-# operands whose rows start at odd addresses, and freshly allocated outputs.
-KNOWN = {"all": ("ptr", "N", "K"), "K odd": ("ptr", "N"), "none": ()}
+# Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
+ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
+KNOWN = {"all": ("ptr", "N", "K")} | ODD
 ADDED = "fp32 +="
 
 
@@ -105,8 +105,8 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
 
 def variants(arch: str, kernel: str, everything: bool):
     """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of wgrad; the first
-    row and the odd one with every activation, unless IEEE; the first in fp16. everything: every row with every
-    activation in every dtype."""
+    row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16. everything: every row with
+    every activation in every dtype, and odd in every way."""
     activations = activations_of(kernel)
     # By registers: gelu in the plain kernels; in the gated ones, either geglu.
     heaviest = activations[:2] if kernel.startswith("gated") else activations[:1]
@@ -116,12 +116,13 @@ def variants(arch: str, kernel: str, everything: bool):
         first = aligned and config == TABLES[arch][kernel, arithmetic][0]
         extreme = (first or not aligned) and arithmetic != "ieee"
         for dtype in ("bf16", "fp16") if arithmetic == "16bit" else ("fp32",):
+            patterns = [*ODD] if everything and arch in ENFORCED else [*ODD][:2]
             outputs = dict.fromkeys((dtype, "fp32", ADDED)) if kernel == "wgrad" else (dtype,)
             for activation, output in product(activations, outputs):
                 heavy = activation in heaviest
                 chosen = heavy and first if dtype == "fp16" else heavy or extreme
                 forms = forms_of(arch, kernel, everything, heavy) if everything or chosen else ()
-                for known, form in product(("all",) if aligned else ("K odd", "none"), forms):
+                for known, form in product(("all",) if aligned else patterns, forms):
                     yield Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
 
 

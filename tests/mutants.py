@@ -193,6 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the outcomes there as well")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of them there")
     args = parser.parse_args(arguments)
+    if args.only and args.markdown:
+        parser.error("--markdown is for all mutants, not for those of --only")
     mutants = [m for m in MUTANTS if re.search(args.only, f"{m.file} {m.name}", re.IGNORECASE)]
     if not mutants:
         parser.error(f"no mutant matches {args.only!r}; --list shows them")

@@ -12,7 +12,7 @@ from tpffn_triton.agreement import LayerKind, agree, reject
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.passes import Call, backward, forward, prepare_backward
 from tpffn_triton.transforms import TransformableFFN, transforming
-from tpffn_triton.validation import check_ffn_arguments, check_main_grads, check_modes
+from tpffn_triton.validation import check_dtypes, check_main_grads, check_modes, check_shapes
 
 
 def ffn(
@@ -55,7 +55,7 @@ def ffn(
     kind: Any = None
     try:
         check_modes(activation, save, sequence_parallel)
-        dtype = check_ffn_arguments(x, w1, w2, b1, b2, activation)
+        dtype = check_dtypes(x, w1, w2, b1, b2)
         need_d_pre = need_w2 = need_b2 = False
         if torch.is_grad_enabled():
             need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
@@ -63,6 +63,7 @@ def ffn(
         if comparing is not None:
             dx_needed = need_d_pre and x.requires_grad
             kind = LayerKind(w1.shape, (dtype, x.device.type, activation, b2 is None, dx_needed))
+        check_shapes(x, w1, w2, b1, b2, activation)
         if gradient_accumulation_fusion and torch.is_grad_enabled():
             check_main_grads(w1, w2)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
-from tpffn_triton.validation import check_activation, check_divisible, check_shapes
+from tpffn_triton.validation import check_activation, check_divisible, check_shapes, check_tensors
 
 FFNShard = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
@@ -36,6 +36,7 @@ def shard_ffn(
     outside of it (the message shows the values).
     """
     check_activation(activation)
+    check_tensors(None, w1, w2, b1, b2)
     check_shapes(None, w1, w2, b1, b2, activation)
     F = w2.shape[1]
     check_divisible(F, world_size)
@@ -64,6 +65,7 @@ def unshard_ffn(shards: Sequence[FFNShard], *, activation: str) -> FFNShard:
     for rank, b2 in enumerate(b2s):
         if b2 is not None and not torch.equal(b2, b2s[0]):
             raise ValueError(f"b2 is replicated, but rank {rank}'s differs from rank 0's")
+    check_tensors(None, w1s[0], w2s[0], b1s[0], b2s[0])
     check_shapes(None, w1s[0], w2s[0], b1s[0], b2s[0], activation)
 
     def joined(rows: Sequence[Tensor]) -> Tensor:

@@ -50,17 +50,21 @@ def check_divisible(ffn_hidden_size: int, world_size: int) -> None:
         )
 
 
+def check_tensors(x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
+    """Raises: TypeError: not tensors; None stands for an absent x, b1 or b2."""
+    for name, t in (("w1", w1), ("w2", w2), ("x", x), ("b1", b1), ("b2", b2)):
+        if not isinstance(t, Tensor) and (t is not None or name in ("w1", "w2")):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
 def check_shapes(
     x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str
 ) -> None:
     """Check that x [..., H], w1 [F/P, H], w2 [H, F/P], b1 [F/P] and b2 [H] fit, with 2F/P rows of w1 and b1 where the
     activation is gated; None stands for what is absent.
 
-    Raises: TypeError: not tensors. ValueError: shapes that do not fit.
+    Raises: ValueError: shapes that do not fit.
     """
-    for name, t in (("w1", w1), ("w2", w2), ("x", x), ("b1", b1), ("b2", b2)):
-        if not isinstance(t, Tensor) and (t is not None or name in ("w1", "w2")):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     gated = activation in GATED_ACTIVATIONS
     rows = "2F/P" if gated else "F/P"
     problem = None
@@ -85,21 +89,19 @@ def check_shapes(
         raise ValueError(f"{problem}; got {shapes}")
 
 
-def check_ffn_arguments(
-    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str
-) -> torch.dtype:
-    """Check the tensors of `ffn`: shapes, one device, and one supported dtype or autocast. Returns the dtype to compute
-    in: theirs, or autocast's (fp64 is left alone, as torch's own linear does).
+def check_dtypes(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> torch.dtype:
+    """Check that the arguments of `ffn` are tensors on one device, of one supported dtype or under autocast.
 
-    Raises: TypeError: not tensors, or dtypes that differ or are unsupported. ValueError: shapes or devices.
+    Returns the dtype to compute in: theirs, or autocast's (fp64 is left alone, as torch's own linear does).
+
+    Raises: TypeError: not tensors, or dtypes that differ or are unsupported. ValueError: devices that differ.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    check_shapes(x, w1, w2, b1, b2, activation)
+    if x is None:
+        raise TypeError("x must be a tensor, got NoneType")
+    check_tensors(x, w1, w2, b1, b2)
     dtype, device = x.dtype, x.device
     kind = device.type
     autocast = dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
-    dtypes = SUPPORTED_DTYPES if autocast else (dtype,)
     dtypes = SUPPORTED_DTYPES if autocast else (dtype,)
     if dtype not in FFN_DTYPES:
         raise TypeError(f"dtype {dtype} is not one of {', '.join(map(str, FFN_DTYPES))}")
