@@ -60,6 +60,14 @@ def test_commands_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_host_cost_quotes_its_file():
+    (fused, unfused, path) = re.findall(
+        r"costs\s+the host (\d+) µs, three torch operations (\d+) µs \(\[host_cost\.json\]\((.*?)\)", README
+    )[0]
+    row = json.loads((ROOT / path).read_text())["rows"][0]
+    assert (round(row["fused_us"]), round(row["unfused_us"])) == (int(fused), int(unfused))
+
+
 def test_table_quotes_its_files():
     """Each measured row of the table names a results file and says what stands in it."""
     rows = re.findall(
