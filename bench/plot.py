@@ -32,8 +32,8 @@ def plot(rows: list[Row], path: Path) -> None:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     first = rows[0]
-    commit = f", commit {first['commit']}" if first["commit"] else ""
-    figure.suptitle(f"Tensor-parallel FFN on {first['device']}{commit}", fontsize=11)
+    commit = f"\ncommit {first['commit']}" if first["commit"] else ""
+    figure.suptitle(f"Tensor-parallel FFN on {first['device']}{commit}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
