@@ -25,7 +25,7 @@ from environment import describe
 from ranks import Rank
 
 import tpffn_triton as tp
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, halves
 from tpffn_triton.reference import ffn_reference
 
 CALLS = 100  # a round's; launches of that many calls fit in CUDA's queue
@@ -34,7 +34,7 @@ ROUNDS = 60
 
 def leaves(tokens: int, size: int, activation: str, device: str, grad: bool) -> tuple[torch.Tensor, ...]:
     """Return (x, w1, w2, b1, b2) with H = F = size, in bf16."""
-    width = 2 * size if activation in GATED_ACTIVATIONS else size
+    width = halves(activation) * size
     shapes = ((tokens, size), (width, size), (size, size), (width,), (size,))
     return tuple(torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=grad) for s in shapes)
 

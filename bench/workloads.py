@@ -14,7 +14,7 @@ import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import halves
 from tpffn_triton.plan import plan_ffn
 from tpffn_triton.reference import ffn_reference
 from tpffn_triton.sharding import shard_ffn
@@ -107,7 +107,7 @@ def draw(shape: Shape, dtype: str, activation: str, device: torch.device) -> Pro
         return unit.mul_(2).sub_(1).mul_(fan_in**-0.5).to(DTYPES[dtype])
 
     h, f = shape.hidden, shape.ffn
-    width = 2 * f if activation in GATED_ACTIVATIONS else f
+    width = halves(activation) * f
     return Problem(
         x=normal(*tokens),
         dy=normal(*tokens),

@@ -172,13 +172,18 @@ def store_tile(dst, tile, row, col, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def column_halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Split an accumulator into its left and right column halves.
+def column_parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Return an accumulator's left and right column halves (PARTS 2), or the whole (1), as a tuple.
 
     An epilogue that works on one half at a time keeps half of its temporaries alive: the difference between spilling
     and not at 128×128 and above.
     """
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    tl.static_assert(PARTS == 1 or PARTS == 2)
+    if PARTS == 2:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        return left, right
+    else:
+        return (acc,)
 
 
 @triton.jit

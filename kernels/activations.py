@@ -34,6 +34,11 @@ GATED_ACTIVATIONS = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS)
 
 
+def halves(activation: str) -> int:
+    """Return how many stacks of F rows w1 has: 2 (gate and up) where the activation is gated, else 1."""
+    return 2 if activation in GATED_ACTIVATIONS else 1
+
+
 def kernel_activation(activation: str, itemsize: int) -> str:
     """Return the ACTIVATION constant of a kernel that stores elements of `itemsize` bytes: the gate's, if gated.
 

@@ -29,7 +29,7 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._tiles import add_row_vector, column_halves, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
+from ._tiles import add_row_vector, column_parts, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate, kernel_activation
 
 
@@ -88,21 +88,13 @@ def linear_act_kernel(
     )  # fmt: skip
     row = tile_m * BLOCK_M
     col = tile_n * BLOCK_N
-    if SPLIT_EPILOGUE:
-        HALF_N: tl.constexpr = BLOCK_N // 2
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for i in tl.static_range(PARTS):
         _bias_act_store(
-            left, bias_ptr, act, pre_act, row, col, M, N,
-            ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-        _bias_act_store(
-            right, bias_ptr, act, pre_act, row, col + HALF_N, M, N,
-            ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-    else:
-        _bias_act_store(
-            acc, bias_ptr, act, pre_act, row, col, M, N,
-            ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, USE_TMA,
+            parts[i], bias_ptr, act, pre_act, row, col + i * PART_N, M, N,
+            ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, PART_N, USE_TMA,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._tiles import column_halves, gemm_tile, grouped_tile, load_tile, store_tile
+from ._tiles import column_parts, gemm_tile, grouped_tile, load_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate_with_derivative, kernel_activation
 from .column_sum import column_sum
 
@@ -107,21 +107,13 @@ def linear_dact_kernel(
         False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     col = tile_n * BLOCK_N
-    if SPLIT_EPILOGUE:
-        HALF_N: tl.constexpr = BLOCK_N // 2
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for i in tl.static_range(PARTS):
         _dact_store(
-            left, pre_act, d_pre, act, db_partial_ptr, tile_m, col, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-        _dact_store(
-            right, pre_act, d_pre, act, db_partial_ptr, tile_m, col + HALF_N, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-    else:
-        _dact_store(
-            acc, pre_act, d_pre, act, db_partial_ptr, tile_m, col, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, BLOCK_N, USE_TMA,
+            parts[i], pre_act, d_pre, act, db_partial_ptr, tile_m, col + i * PART_N, M, N,
+            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, PART_N, USE_TMA,
         )  # fmt: skip
 
 
@@ -197,21 +189,13 @@ def gated_linear_dact_kernel(
         False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     col = tile_n * BLOCK_N
-    if SPLIT_EPILOGUE:
-        HALF_N: tl.constexpr = BLOCK_N // 2
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for i in tl.static_range(PARTS):
         _gated_dact_store(
-            left, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-        _gated_dact_store(
-            right, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col + HALF_N, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, HALF_N, USE_TMA,
-        )  # fmt: skip
-    else:
-        _gated_dact_store(
-            acc, gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col, M, N,
-            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, BLOCK_N, USE_TMA,
+            parts[i], gate, up, d_gate, d_up, act, db_partial_ptr, tile_m, col + i * PART_N, M, N,
+            ACTIVATION, STORE_ACT, STORE_DB, BLOCK_M, PART_N, USE_TMA,
         )  # fmt: skip
 
 

@@ -27,25 +27,7 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._tiles import add_row_vector, column_halves, gemm_tile, grouped_tile, load_tile, store_tile
-
-
-@triton.jit
-def _store_half(
-    out,
-    tile,
-    row,
-    col,
-    M,
-    N,
-    ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    if ACCUMULATE:
-        tile += load_tile(out, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
-    store_tile(out, tile, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+from ._tiles import add_row_vector, column_parts, gemm_tile, grouped_tile, load_tile, store_tile
 
 
 @triton.jit
@@ -62,13 +44,14 @@ def _store(
     SPLIT_EPILOGUE: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    if SPLIT_EPILOGUE:
-        HALF_N: tl.constexpr = BLOCK_N // 2
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-        _store_half(out, left, row, col, M, N, ACCUMULATE, BLOCK_M, HALF_N, USE_TMA)
-        _store_half(out, right, row, col + HALF_N, M, N, ACCUMULATE, BLOCK_M, HALF_N, USE_TMA)
-    else:
-        _store_half(out, acc, row, col, M, N, ACCUMULATE, BLOCK_M, BLOCK_N, USE_TMA)
+    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for i in tl.static_range(PARTS):
+        tile = parts[i]
+        if ACCUMULATE:
+            tile += load_tile(out, row, col + i * PART_N, M, N, N, BLOCK_M, PART_N, USE_TMA)
+        store_tile(out, tile, row, col + i * PART_N, M, N, N, BLOCK_M, PART_N, USE_TMA)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tpffn_triton as tp
 from tpffn_triton.collectives import copy_to_tp_region, reduce_from_tp_region
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import halves
 from tpffn_triton.reference import ACTIVATIONS, ffn_reference
 from tpffn_triton.sharding import shard_ffn
 
@@ -45,7 +45,7 @@ def draw(lead, H, F, *, activation="gelu", dtype=torch.float32, device="cpu", bi
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
     x, dy = randn(*lead, H), randn(*lead, H)
-    W = 2 * F if activation in GATED_ACTIVATIONS else F
+    W = halves(activation) * F
     w1, w2 = randn(W, H, scale=max(H, 1) ** -0.5), randn(H, F, scale=max(F, 1) ** -0.5)
     b1, b2 = (randn(W, scale=0.3), randn(H, scale=0.3)) if bias else (None, None)
     return Problem(x, dy, w1, w2, b1, b2, activation)

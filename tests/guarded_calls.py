@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels._configs import Config
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import halves
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
@@ -66,7 +66,7 @@ def main() -> None:
     for M, N, K in ((37, 41, 43), (40, 48, 56)):
         for dtype in (torch.float32, torch.bfloat16):
             for activation in ("gelu", "swiglu"):
-                W = 2 * N if activation in GATED_ACTIVATIONS else N
+                W = halves(activation) * N
                 x, w1, b1 = randn(M, K, dtype=dtype), randn(W, K, dtype=dtype), randn(W, dtype=dtype)
                 dy, w2, pre_act = randn(M, K, dtype=dtype), randn(K, N, dtype=dtype), randn(M, W, dtype=dtype)
                 torch.Tensor.new_empty = guarded_new_empty

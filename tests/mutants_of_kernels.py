@@ -211,8 +211,8 @@ MUTANTS = {
         ("db1 of up stored over gate's", "sums_ptr + N", "sums_ptr", BACKWARD),
         (
             "right half of an epilogue at the left half's columns",
-            "right, pre_act, d_pre, act, db_partial_ptr, tile_m, col + HALF_N,",
-            "right, pre_act, d_pre, act, db_partial_ptr, tile_m, col,",
+            "parts[i], pre_act, d_pre, act, db_partial_ptr, tile_m, col + i * PART_N,",
+            "parts[i], pre_act, d_pre, act, db_partial_ptr, tile_m, col,",
             ROWS,
         ),
         (

@@ -126,7 +126,7 @@ MUTANTS = {
         ),
         (
             "fake act of a gated activation as wide as pre_act",
-            "N = width // 2 if activation in GATED_ACTIVATIONS else width",
+            "N = width // halves(activation)",
             "N = width",
             "test_ops.py -k 'opcheck and gated'",
         ),

@@ -10,7 +10,7 @@ from acceptance import assert_accurate, assert_exact
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
 from tpffn_triton.kernels._configs import TABLES, Config, odd_strides
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
@@ -63,7 +63,7 @@ def saturate_gates(t):
 
 def check_linear_act(draw, compare, shape, activation, dtype, device, config=None):
     M, N, K = shape
-    width = 2 * N if activation in GATED_ACTIVATIONS else N
+    width = halves(activation) * N
     args = [draw(M, K, dtype=dtype, device=device), draw(width, K, dtype=dtype, device=device, seed=1)]
     args += [draw(width, dtype=dtype, device=device, seed=2)]
     if draw is randn:
@@ -84,7 +84,7 @@ def check_linear_act(draw, compare, shape, activation, dtype, device, config=Non
 def check_linear_dact(draw, compare, shape, activation, dtype, device, config=None):
     M, N, K = shape
     args = [draw(M, K, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
-    width = 2 * N if activation in GATED_ACTIVATIONS else N
+    width = halves(activation) * N
     args += [draw(M, width, dtype=dtype, device=device, seed=2)]
     if draw is randn:
         args[1] /= K**0.5
@@ -252,7 +252,7 @@ def test_launches_follow_their_tensors_device():
 @pytest.mark.parametrize(("M", "H", "F"), [(0, 8, 12), (5, 0, 12), (5, 8, 0), (0, 0, 0)])
 def test_empty_dims(M, H, F, activation, device):
     """No tokens or no features: empty outputs, sums over nothing are zero."""
-    W = 2 * F if activation in GATED_ACTIVATIONS else F
+    W = halves(activation) * F
     x, w1, w2 = (torch.ones(s, device=device) for s in ((M, H), (W, H), (H, F)))
     act, pre_act = linear_act(x, w1, torch.ones(W, device=device), activation, True)
     assert torch.equal(pre_act, torch.full((M, W), 1.0 + H, device=device))

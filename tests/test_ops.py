@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import tpffn_triton as tp
 from tpffn_triton import backends, native, ops, reference
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, halves
 
 M, H, F = 6, 32, 48
 
@@ -135,7 +135,7 @@ def test_native_path_with_and_without_onednn(activation, dtype, onednn, monkeypa
     monkeypatch.setattr(native, "_onednn_takes", lambda *a, **k: onednn)
     if dtype == torch.bfloat16 and onednn:
         monkeypatch.setattr(native, "_onednn_takes", lambda *t, dtypes: dtype in dtypes)
-    W = 2 * F if activation in GATED_ACTIVATIONS else F
+    W = halves(activation) * F
     x, w1, b1 = (t.to(dtype) for t in (torch.randn(M, H), torch.randn(W, H) / 8, torch.randn(W)))
     pre_act = torch.nn.functional.linear(x.double(), w1.double(), b1.double())
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpffn_triton as tp
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, halves
 from tpffn_triton.reference import ffn_reference
 
 
 def width(activation, F):
     """Columns of the pre-activation."""
-    return 2 * F if activation in GATED_ACTIVATIONS else F
+    return halves(activation) * F
 
 
 @pytest.mark.usefixtures("implementation")

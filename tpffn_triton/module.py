@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.functional import ffn
-from tpffn_triton.sharding import halves, shard_ffn
+from tpffn_triton.kernels.activations import halves
+from tpffn_triton.sharding import shard_ffn
 from tpffn_triton.validation import check_activation, check_modes, check_sizes
 
 

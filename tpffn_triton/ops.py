@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tpffn_triton.backends import implementation
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import halves
 
 _library = torch.library.Library("tpffn", "DEF")
 
@@ -74,7 +74,7 @@ def _register(name: str, schema: str, fake: Callable, flops: Callable | None) ->
 
 def _fake_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre_act: bool):
     tokens, width = x.shape[0], weight.shape[0]
-    N = width // 2 if activation in GATED_ACTIVATIONS else width
+    N = width // halves(activation)
     return x.new_empty((tokens, N)), x.new_empty((tokens, width) if save_pre_act else (0,))
 
 

@@ -15,15 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import halves
 from tpffn_triton.validation import check_activation, check_divisible, check_shapes, check_tensors
 
 FFNShard = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-
-
-def halves(activation: str) -> int:
-    """Return how many stacks of F rows w1 has: 2 (gate and up) where the activation is gated, else 1."""
-    return 2 if activation in GATED_ACTIVATIONS else 1
 
 
 def shard_ffn(

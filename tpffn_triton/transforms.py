@@ -14,9 +14,9 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from tpffn_triton.collectives import all_reduce
+from tpffn_triton.kernels.activations import halves
 from tpffn_triton.passes import Call, backward, forward, prepare_backward
 from tpffn_triton.reference import ACTIVATIONS
-from tpffn_triton.sharding import halves
 
 NO_SECOND_DERIVATIVES = "tpffn_triton has no second derivatives"
 
