@@ -10,7 +10,7 @@
 On a CPU `fused` computes some or all GEMMs through oneDNN (tpffn_triton/native.py), F.linear through whatever torch
 was built with: what `fused` gains over the better of the two baselines is fusion and overlap, the rest is oneDNN's.
 
-Around the unfused steps stand Megatron-LM's f and g (tpffn_triton/collectives.py). Both sum in place, so that no copy
+Around the unfused steps stand Megatron-LM's f and g (tpffn_triton/regions.py). Both sum in place, so that no copy
 slows the baseline; b2 is added after the sum, on every rank. Without a group it goes into the second F.linear.
 """
 
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpffn_triton import ffn
-from tpffn_triton.collectives import copy_to_tp_region, reduce_from_tp_region
 from tpffn_triton.reference import ACTIVATIONS
+from tpffn_triton.regions import copy_to_tp_region, reduce_from_tp_region
 
 Group = dist.ProcessGroup | None
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Group], Tensor]

@@ -5,8 +5,8 @@
     wgrad   dw [N, K] = dy [M, N].T @ x [M, K]                  dw1 = d_pre.T @ x, dw2 = dy.T @ hidden
             or dw += dy.T @ x, with dw in fp32                  into a main_grad
 
-fp32|bf16|fp16, one dtype throughout (dw's may differ), last dims contiguous, M tokens; fp32 accumulation, one rounding
-at the store.
+fp32|bf16|fp16, one dtype throughout (but for the result, where asked for), last dims contiguous, M tokens; fp32
+accumulation, one rounding at the store.
 """
 
 import torch
@@ -118,23 +118,27 @@ def wgrad_kernel(
 
 
 @prepared_once
-def _prepare_matmul(name, a, b, bias, trans_b, arithmetic, config) -> tuple[int, int, Launch | None]:
-    """Return M, N, and the launch, if there is anything to compute."""
+def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, arithmetic, config) -> tuple[int, int, Launch | None]:
+    """Return M, N, and the launch, if there is anything to compute; out: where to, or None."""
     a, b = Operand(*a), Operand(*b)
     M, N, K = check_operands(name, a, b, trans_b=trans_b)
     if bias is not None:
         check_contiguous(f"{name} bias", Operand(*bias), (N,), like=a)
+    check_dtype(f"{name} out", out_dtype)
+    result = fresh(M, N, a, out_dtype)
+    if out is not None:
+        check_contiguous(f"{name} out", Operand(*out), (M, N), like=result)
+        result = Operand(*out)
     if M == 0 or N == 0:
         return M, N, None
-    out = fresh(M, N, a)
-    config = configuration(name, config, M, N, a, b, out)
+    config = configuration(name, config, M, N, a, b, result)
     launch = Launch(
         matmul_kernel,
         grid(config, M, N),
         views=(
             (a, (config.BLOCK_M, config.BLOCK_K)),
             (b, (config.BLOCK_N, config.BLOCK_K) if trans_b else (config.BLOCK_K, config.BLOCK_N)),
-            (out, (config.BLOCK_M, config.STORED_N)),
+            (result, (config.BLOCK_M, config.STORED_N)),
         ),
         scalars=(M, N, K, a.strides[0], b.strides[0]),
         constants=config.meta
@@ -143,32 +147,64 @@ def _prepare_matmul(name, a, b, bias, trans_b, arithmetic, config) -> tuple[int,
     return M, N, launch
 
 
-def _matmul(name, a, b, bias, trans_b, config):
+def _matmul(name, a, b, bias, out, out_dtype, trans_b, config):
     M, N, launch = _prepare_matmul(
-        name, signature(a), signature(b), signature(bias), trans_b, _configs.arithmetic_of(a.dtype), config
+        name,
+        signature(a),
+        signature(b),
+        signature(bias),
+        signature(out),
+        out_dtype,
+        trans_b,
+        _configs.arithmetic_of(a.dtype),
+        config,
     )
-    out = a.new_empty((M, N))
+    if out is None:
+        out = a.new_empty((M, N), dtype=out_dtype)
     if launch is not None:
         launch(a, b, out, a if bias is None else bias)
     return out
 
 
 def linear(
-    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: _configs.Config | None = None
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    config: _configs.Config | None = None,
 ) -> torch.Tensor:
-    """Return a [M, K] @ weight [N, K].T + bias [N] (None: no bias) as [M, N].
+    """Return a [M, K] @ weight [N, K].T + bias [N] (None: no bias) as [M, N] in out_dtype (None: a's).
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    return _matmul("linear", a, weight, bias, True, config)
+    return _matmul("linear", a, weight, bias, None, out_dtype or a.dtype, True, config)
 
 
-def dgrad(dy: torch.Tensor, weight: torch.Tensor, config: _configs.Config | None = None) -> torch.Tensor:
-    """Return dy [M, K] @ weight [K, N] as [M, N].
+def linear_into(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: _configs.Config | None = None,
+) -> None:
+    """Write what `linear` returns to out, contiguous [M, N].
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    return _matmul("dgrad", dy, weight, None, False, config)
+    _matmul("linear", a, weight, bias, out, out.dtype, True, config)
+
+
+def dgrad(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    config: _configs.Config | None = None,
+) -> torch.Tensor:
+    """Return dy [M, K] @ weight [K, N] as [M, N] in out_dtype (None: dy's).
+
+    Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
+    """
+    return _matmul("dgrad", dy, weight, None, None, out_dtype or dy.dtype, False, config)
 
 
 @prepared_once

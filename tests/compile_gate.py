@@ -70,11 +70,13 @@ OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("linear_act", "lin
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
 ADDED = "fp32 +="
+# What a kernel stores where it is asked for another dtype than its operands'.
+OUTPUTS = {"linear": ("fp32",), "dgrad": ("fp32",), "wgrad": ("fp32", ADDED)}
 
 
 class Variant(NamedTuple):
-    """One compilation. `output` is the dtype of a wgrad's dw, or ADDED; of other kernels always `dtype`. `known` is a
-    key of KNOWN, `form` the kernel's OPTIONS that are on."""
+    """One compilation. `output` is the dtype of a GEMM's result, or ADDED; of other kernels always `dtype`. `known` is
+    a key of KNOWN, `form` the kernel's OPTIONS that are on."""
 
     arch: str
     kernel: str
@@ -104,7 +106,7 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
 
 
 def variants(arch: str, kernel: str, everything: bool):
-    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of wgrad; the first
+    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM; the first
     row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16. everything: every row with
     every activation in every dtype, and odd in every way."""
     activations = activations_of(kernel)
@@ -117,7 +119,7 @@ def variants(arch: str, kernel: str, everything: bool):
         extreme = (first or not aligned) and arithmetic != "ieee"
         for dtype in ("bf16", "fp16") if arithmetic == "16bit" else ("fp32",):
             patterns = [*ODD] if everything and arch in ENFORCED else [*ODD][:2]
-            outputs = dict.fromkeys((dtype, "fp32", ADDED)) if kernel == "wgrad" else (dtype,)
+            outputs = dict.fromkeys((dtype, *OUTPUTS.get(kernel, ())))
             for activation, output in product(activations, outputs):
                 heavy = activation in heaviest
                 chosen = heavy and first if dtype == "fp16" else heavy or extreme
@@ -131,7 +133,7 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     function, blocks = SPECS[variant.kernel]
     config, known = variant.config, KNOWN[variant.known]
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
-    dtypes = {"dw": variant.output.removesuffix(" +="), "db_partial_ptr": "fp32"}
+    dtypes = {"dw": variant.output.removesuffix(" +="), "out": variant.output, "db_partial_ptr": "fp32"}
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)

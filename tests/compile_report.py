@@ -9,8 +9,8 @@ HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
 GPU. Each line is the worst of all activations and dtypes; of all forms (with and without bias, with and without each
-output that is stored on demand; where rows are reported only, with everything); of what may be odd; and, for wgrad, of
-all outputs (operands' dtype, fp32, added to fp32). Written by
+output that is stored on demand; where rows are reported only, with everything); of what may be odd; and, for linear,
+dgrad and wgrad, of all outputs (operands' dtype, fp32, and wgrad's added to fp32). Written by
 
     .venv/bin/python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
 

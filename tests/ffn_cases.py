@@ -11,9 +11,14 @@ from acceptance import assert_accurate
 from torch import Tensor
 
 import tpffn_triton as tp
-from tpffn_triton.collectives import copy_to_tp_region, reduce_from_tp_region
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.reference import ACTIVATIONS, ffn_reference
+from tpffn_triton.regions import (
+    copy_to_tp_region,
+    gather_from_sp_region,
+    reduce_from_tp_region,
+    reduce_scatter_to_sp_region,
+)
 from tpffn_triton.sharding import shard_ffn
 
 NAMES = ("y", "dx", "dw1", "dw2", "db1", "db2")
@@ -60,36 +65,43 @@ def results(function, leaves, dy) -> tuple:
 
 
 def ours(problem: Problem, rank=0, world_size=1, group=None, **options) -> tuple:
-    """Run tp.ffn on this rank's shards."""
-    x, dy, (w1, b1, w2, b2) = problem.x, problem.dy, shards(problem, rank, world_size)
+    """Run tp.ffn on this rank's shards; with the option sequence_parallel on its tokens."""
+    x, dy = tokens(problem, rank, world_size, options.get("sequence_parallel", False))
+    w1, b1, w2, b2 = shards(problem, rank, world_size)
     return results(
         lambda *t: tp.ffn(*t, activation=problem.activation, tp_group=group, **options), (x, w1, w2, b1, b2), dy
     )
 
 
-def eager(problem: Problem, rank=0, world_size=1, group=None) -> tuple:
+def eager(problem: Problem, rank=0, world_size=1, group=None, sequence_parallel=False) -> tuple:
     """Run the same shards through separate torch operations and Megatron's regions."""
+    enter = gather_from_sp_region if sequence_parallel else copy_to_tp_region
+    leave = reduce_scatter_to_sp_region if sequence_parallel else reduce_from_tp_region
 
     def function(x, w1, w2, b1, b2):
-        hidden = ACTIVATIONS[problem.activation](F.linear(copy_to_tp_region(x, group), w1, b1))
-        y = reduce_from_tp_region(F.linear(hidden, w2), group)
+        hidden = ACTIVATIONS[problem.activation](F.linear(enter(x, group), w1, b1))
+        y = leave(F.linear(hidden, w2), group)
         return y if b2 is None else y + b2
 
+    x, dy = tokens(problem, rank, world_size, sequence_parallel)
     w1, b1, w2, b2 = shards(problem, rank, world_size)
     if group is None:
         return results(
             lambda *t: ffn_reference(*t, activation=problem.activation), (problem.x, w1, w2, b1, b2), problem.dy
         )
-    return results(function, (problem.x, w1, w2, b1, b2), problem.dy)
+    return results(function, (x, w1, w2, b1, b2), dy)
 
 
-def exact(problem: Problem, rank=0, world_size=1) -> tuple:
+def exact(problem: Problem, rank=0, world_size=1, sequence_parallel=False) -> tuple:
     """Run the unsharded reference in fp64 and cut out what this rank should hold."""
     leaves = [None if t is None else t.double() for t in problem.leaves()]
     y, dx, dw1, dw2, db1, db2 = results(
         lambda *t: ffn_reference(*t, activation=problem.activation), leaves, problem.dy.double()
     )
     dw1, db1, dw2, db2 = shard_ffn(dw1, db1, dw2, db2, rank, world_size, activation=problem.activation)
+    if sequence_parallel:
+        y, dx, own_dy = (t.chunk(world_size)[rank] for t in (y, dx, problem.dy))
+        db2 = None if db2 is None else own_dy.double().flatten(0, -2).sum(0)
     return y, dx, dw1, dw2, db1, db2
 
 
@@ -100,6 +112,12 @@ def assert_all_accurate(mine: tuple, eagers: tuple, exacts: tuple) -> None:
         if exact_ is not None:
             # The interpreter adds the rows of a tile one after the other, a GPU pairwise.
             assert_accurate(name, ours_, eager_, exact_, noise=2 * exact_.abs() if name == "db1" else None)
+
+
+def tokens(problem: Problem, rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    """Return this rank's (x, dy)."""
+    parts = world_size if sequence_parallel else 1
+    return problem.x.chunk(parts)[rank % parts], problem.dy.chunk(parts)[rank % parts]
 
 
 def shards(problem: Problem, rank: int, world_size: int) -> tuple:

@@ -1,9 +1,11 @@
-"""See what runs: kernel launches, and the operators of torch.ops.tpffn."""
+"""See what runs: kernel launches, the operators of torch.ops.tpffn, and collectives."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpffn_triton.kernels._launch import Launch
@@ -37,3 +39,26 @@ class RecordOperators(TorchDispatchMode):
         if func.namespace == "tpffn":
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+class CountCollectives(CommDebugMode):
+    """torch's counter of collectives, told of the in-place all-reduce that it does not know, and of bytes.
+
+    counts   name → [times, bytes that each rank gave to it]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.comm_registry.add(torch.ops._c10d_functional.all_reduce_)
+        self.bytes: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.comm_registry:
+            self.bytes[func.overloadpacket.__name__] += args[0].nbytes
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        return {
+            packet.__name__: [times, self.bytes[packet.__name__]] for packet, times in self.get_comm_counts().items()
+        }

@@ -223,7 +223,13 @@ MUTANTS = {
         ),
     ],
     "kernels/matmul.py": [
-        ("launch reused for another precision", "trans_b, _configs.arithmetic_of(a.dtype)", 'trans_b, "ieee"', TF32),
+        ("launch reused for another precision", "_configs.arithmetic_of(a.dtype)", '"ieee"', TF32),
+        (
+            "fp32 result of 16-bit operands through 16 bits",
+            'return _matmul("dgrad", dy, weight, None, None, out_dtype or dy.dtype, False, config)',
+            'return _matmul("dgrad", dy, weight, None, None, dy.dtype, False, config).to(out_dtype or dy.dtype)',
+            TILES,
+        ),
         ("main_grad overwritten instead of added to", '"ACCUMULATE": dw is not None', '"ACCUMULATE": False', TILES),
         (
             "fp32 weight gradient through 16 bits",

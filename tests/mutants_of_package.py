@@ -5,19 +5,23 @@ RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and 
 AUTOCAST = "test_precision.py -k autocast"
 SECOND = "test_pytorch.py -k second_derivatives"
 IN_FLIGHT = "test_distributed.py -k in_flight"
-Y = "kernels.linear(act, w2, b2 if group.rank() == 0 else None)"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
-        ("b2 added by every rank", "b2 if group.rank() == 0 else None", "b2", RANKS.format("relu-")),
+        ("b2 added by every rank", "b2 if call.group.rank() == 0 else None", "b2", RANKS.format("relu-")),
         ("y a view", "torch.ops.aten._unsafe_view(y, x.shape)", "y.view(x.shape)", "test_pytorch.py -k in_place"),
-        ("y not reduced", f"all_reduce({Y}, group)", Y, RANKS.format("relu-")),
-        ("dx not reduced", "dx = start_all_reduce(dx, group)", "dx = dx", RANKS.format("relu-")),
+        (
+            "y not reduced",
+            "y = wait(_start_sum(kernels.linear(act, w2, b2, call.reduce_dtype), call))",
+            "y = kernels.linear(act, w2, b2, call.reduce_dtype)",
+            RANKS.format("relu-"),
+        ),
+        ("dx not reduced", "dx = _start_sum(dx, call)", "dx = dx", RANKS.format("relu-")),
         ("dx not waited for", "dx if group is None else wait(dx)", "dx", IN_FLIGHT),
         (
             "dx waited for at once",
-            "dx = start_all_reduce(dx, group)",
-            "dx = wait(start_all_reduce(dx, group))",
+            "dx = _start_sum(dx, call)",
+            "dx = wait(_start_sum(dx, call))",
             IN_FLIGHT,
         ),
         (
@@ -52,8 +56,8 @@ MUTANTS = {
         ),
         (
             "db2 through autocast's dtype",
-            "kernels.column_sum(dy, wanted.dtypes[4])",
-            "kernels.column_sum(dy)",
+            "kernels.column_sum(own_dy, wanted.dtypes[4])",
+            "kernels.column_sum(own_dy)",
             AUTOCAST,
         ),
     ],
@@ -112,8 +116,8 @@ MUTANTS = {
         ),
         (
             "tangent not reduced",
-            "dy = dy if call.group is None else all_reduce(dy, call.group)",
-            "",
+            "dy = reduce_scatter(dy, call.group) if call.sequence_parallel else all_reduce(dy, call.group)",
+            "pass",
             "test_distributed_pytorch.py -k transforms",
         ),
     ],
@@ -225,21 +229,6 @@ MUTANTS = {
             "memo[id(self.tp_group)] = self.tp_group",
             "",
             "test_distributed.py -k sub_mesh",
-        ),
-    ],
-    "tpffn_triton/collectives.py": [
-        ("all-reduce of any strides", "if not t.is_contiguous():", "if False:", "test_distributed.py -k sub_mesh"),
-        (
-            "region that sums into what it was given",
-            "t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format)",
-            "t.contiguous()",
-            "test_distributed.py -k regions_sum",
-        ),
-        (
-            "group of one rank that communicates",
-            "return tp_group if tp_group.size() > 1 else None",
-            "return tp_group",
-            "test_distributed.py -k group_of_one",
         ),
     ],
     "tpffn_triton/validation.py": [

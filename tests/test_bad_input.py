@@ -35,7 +35,11 @@ BAD_CALLS = [
     ({"activation": "swish"}, ValueError, "activation 'swish' is not one of gelu, .*swiglu"),
     ({"activation": ["gelu"]}, ValueError, r"activation \['gelu'\] is not one of"),
     ({"save": "all"}, ValueError, "save 'all' is not one of pre_act, nothing"),
-    ({"sequence_parallel": True}, ValueError, "sequence_parallel=True is not available"),
+    ({"reduce_dtype": torch.bfloat16}, ValueError, "reduce_dtype torch.bfloat16 is not one of None, torch.float32"),
+    ({"forward_chunks": 0}, ValueError, "forward_chunks must be at least 1, got 0"),
+    ({"forward_chunks": 2.0}, TypeError, "forward_chunks must be an int, got 2.0"),
+    ({"forward_chunks": 2, "sequence_parallel": True}, ValueError, "forward_chunks=2 cuts an all-reduce"),
+    ({"x": t(8), "sequence_parallel": True}, ValueError, r"x must be \[S/P, ..., H\], .* got \[8\]"),
     ({"gradient_accumulation_fusion": True, "w1": nn.Parameter(t(12, 8))}, ValueError, "w1.main_grad, .* got None"),
     ({"tp_group": "world"}, TypeError, "tp_group must be None, a ProcessGroup or a 1-D DeviceMesh, got str"),
 ]
@@ -57,7 +61,7 @@ def test_ffn_rejects(change, error, message):
         ((8.0, 16), {}, TypeError, "hidden_size must be an int, got 8.0"),
         ((8, 16), {"activation": "tanh"}, ValueError, "activation 'tanh' is not one of"),
         ((8, 16), {"save": "x"}, ValueError, "save 'x' is not one of"),
-        ((8, 16), {"sequence_parallel": True}, ValueError, "sequence_parallel=True is not available"),
+        ((8, 16), {"forward_chunks": -1}, ValueError, "forward_chunks must be at least 1, got -1"),
         ((8, 16), {"tp_group": 4}, TypeError, "tp_group must be None, a ProcessGroup .* got int"),
     ],
 )

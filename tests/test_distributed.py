@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
-from launches import RecordOperators, count_launches
+from launches import CountCollectives, RecordOperators, count_launches
 from rank_pool import Ranks, use
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.debug import CommDebugMode
 
 import tpffn_triton as tp
-from tpffn_triton import collectives, functional, passes
+from tpffn_triton import collectives, functional, passes, regions
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.sharding import unshard_ffn
 
@@ -119,26 +118,19 @@ def test_same_seed_gives_the_same_full_weights_at_every_p(world_size, device_mes
     assert f"rank={world_size - 1}, world_size={world_size}" in texts[-1]
 
 
-def comm_debug_mode():
-    """Return torch's counter of collectives, told of the in-place all-reduce that it does not know."""
-    comm = CommDebugMode()
-    comm.comm_registry.add(torch.ops._c10d_functional.all_reduce_)
-    return comm
-
-
 def counted_collectives(rank, world_size):
     use("native")
     problem = draw((4, 8), 32, 48)
-    ours(problem, rank, world_size, dist.group.WORLD)  # the first call also compares arguments
-    with comm_debug_mode() as comm:
+    with CountCollectives() as collectives:
         ours(problem, rank, world_size, dist.group.WORLD)
-    return {str(op): n for op, n in comm.get_comm_counts().items()}
+    return collectives.counts
 
 
 @pytest.mark.cpu_only
-def test_one_all_reduce_forward_and_one_backward(ranks_of):
-    for counts in ranks_of(4).run(counted_collectives):
-        assert counts == {"_c10d_functional.all_reduce_": 2}
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_one_all_reduce_forward_and_one_backward(world_size, ranks_of):
+    for counts in ranks_of(world_size).run(counted_collectives):
+        assert counts == {"all_reduce_": [2, 2 * (4 * 8 * 32 * 4)]}
 
 
 def order_of_backward(rank, world_size):
@@ -165,7 +157,7 @@ def order_of_backward(rank, world_size):
 def test_dx_is_in_flight_behind_every_weight_gradient(ranks_of):
     for events in ranks_of(2).run(order_of_backward):
         backward = ["linear_dact", "dgrad", "start_all_reduce", "wgrad", "wgrad", "column_sum", "wait"]
-        assert events == ["linear_act", "linear", *backward]
+        assert events == ["linear_act", "linear", "start_all_reduce", "wait", *backward]
 
 
 def frozen_input(rank, world_size):
@@ -176,10 +168,9 @@ def frozen_input(rank, world_size):
     def step():
         tp.ffn(problem.x, w1, w2, b1, b2, tp_group=dist.group.WORLD).sum().backward()
 
-    step()
-    with comm_debug_mode() as comm:
+    with CountCollectives() as collectives:
         step()
-    return comm.get_total_counts()
+    return collectives.get_total_counts()
 
 
 @pytest.mark.cpu_only
@@ -206,9 +197,9 @@ def group_of_one(rank, world_size):
     own_group = [dist.new_group([r]) for r in range(world_size)][rank]
     problem = draw((4,), 32, 48)
     alone = ours(problem)
-    with comm_debug_mode() as comm:
+    with CountCollectives() as counted:
         grouped = ours(problem, group=own_group)
-    assert comm.get_total_counts() == 0
+    assert counted.get_total_counts() == 0
     assert all(torch.equal(a, b) for a, b in zip(alone, grouped, strict=True))
     assert collectives.resolve_group(own_group) is None
 
@@ -353,9 +344,9 @@ def regions_sum(rank, world_size):
     for consume in (False, True):
         for make in (torch.clone, lambda t: t.t().contiguous().t()):
             partial, dx = make(mine), make(mine)
-            assert torch.equal(collectives.reduce_from_tp_region(partial, group, consume=consume), total)
+            assert torch.equal(regions.reduce_from_tp_region(partial, group, consume=consume), total)
             x = torch.zeros(2, 3, requires_grad=True)
-            collectives.copy_to_tp_region(x, group, consume=consume).backward(dx)
+            regions.copy_to_tp_region(x, group, consume=consume).backward(dx)
             assert torch.equal(x.grad, total)
             written = total if consume and mine.stride() == partial.stride() else mine
             assert torch.equal(partial, written)

@@ -22,12 +22,13 @@ LAYERS = (
     ("kernels",),
     ("interpreter", "collectives", "reference", "plan_report"),
     ("native",),
-    ("backends", "agreement"),
+    ("backends", "agreement", "regions"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
     ("transforms",),
     ("functional",),
     ("module",),
+    ("replicated_grads",),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, hal
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
-from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
+from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad, wgrad_accumulate
 from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -109,19 +109,24 @@ def check_gemm(draw, compare, kernel, shape, dtype, device, config=None):
     if kernel == "linear":
         args = [draw(M, K, dtype=dtype, device=device), draw(N, K, dtype=dtype, device=device, seed=1)]
         args += [draw(N, dtype=dtype, device=device, seed=2)]
-        ours, eager = linear(*args, config), F.linear
+        ours, eager = linear(*args, config=config), F.linear
+        again = torch.full_like(ours, float("nan"))
+        linear_into(again, *args, config)
+        assert torch.equal(again, ours)
     elif kernel == "dgrad":
         args = [draw(M, K, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
-        ours, eager = dgrad(*args, config), torch.matmul
+        ours, eager = dgrad(*args, config=config), torch.matmul
     else:
         args = [draw(K, M, dtype=dtype, device=device), draw(K, N, dtype=dtype, device=device, seed=1)]
         ours, eager = wgrad(*args, config=config), lambda dy, x: dy.t() @ x
-        in_fp32 = wgrad(*args, torch.float32, config)
-        compare("wgrad in fp32", in_fp32, eager(*(t.float() for t in args)), eager(*(t.double() for t in args)))
+    compare(kernel, ours, eager(*args), eager(*(t.double() for t in args)))
+    launcher = {"linear": linear, "dgrad": dgrad, "wgrad": wgrad}[kernel]
+    in_fp32 = launcher(*args, torch.float32, config)
+    compare(f"{kernel} in fp32", in_fp32, eager(*(t.float() for t in args)), eager(*(t.double() for t in args)))
+    if kernel == "wgrad":
         accumulated = in_fp32.clone()
         wgrad_accumulate(accumulated, *args, config)
         assert torch.equal(accumulated, 2 * in_fp32)
-    compare(kernel, ours, eager(*args), eager(*(t.double() for t in args)))
 
 
 def compare_exact(name, ours, eager, exact, noise=None):
@@ -307,6 +312,8 @@ def test_launches_repeat_bit_for_bit(device):
         (lambda t: linear(t(4, 8), t(6, 8).bfloat16(), None), "torch.bfloat16 on .* beside torch.float32"),
         (lambda t: linear(t(8, 4).t(), t(6, 8), None), r"contiguous last dim, got \(4, 8\) with strides \(1, 4\)"),
         (lambda t: linear(t(4, 8).double(), t(6, 8).double(), None), "torch.float64 is not one of"),
+        (lambda t: linear(t(4, 8), t(6, 8), None, torch.int8), "linear out: dtype torch.int8 is not one of"),
+        (lambda t: linear_into(t(4, 5), t(4, 8), t(6, 8), None), r"out: expected contiguous \(4, 6\).*got \(4, 5\)"),
         (lambda t: wgrad(t(4, 8), t(5, 8)), r"dy \(4, 8\) and x \(5, 8\) differ in tokens"),
         (
             lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, torch.float32),
@@ -325,7 +332,7 @@ def test_launches_repeat_bit_for_bit(device):
         (lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "relu", True, torch.int32), "db: dtype torch.int32 is not"),
         (lambda t: wgrad(t(4, 8), t(4, 6), torch.float64), "dw: dtype torch.float64 is not"),
         (lambda t: column_sum(t(4, 8), torch.int32), "out: dtype torch.int32 is not"),
-        (lambda t: linear(t(4, 9), t(6, 9), None, TMA), r"linear: TMA cannot address every one of .*\(4, 9\)"),
+        (lambda t: linear(t(4, 9), t(6, 9), None, None, TMA), r"linear: TMA cannot address every one of .*\(4, 9\)"),
         (lambda t: linear_act(t(4, 8), t(6, 8), None, "swiglu", False, SPLIT), "no split epilogue with swiglu"),
     ],
 )

@@ -17,12 +17,13 @@ from tpffn_triton import interpreter, native
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
-from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
+from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad, wgrad_accumulate
 
 _log = logging.getLogger("tpffn_triton")
 _TRITON = SimpleNamespace(
     linear_act=linear_act,
     linear=linear,
+    linear_into=linear_into,
     linear_dact=linear_dact,
     dgrad=dgrad,
     wgrad=wgrad,

@@ -1,23 +1,22 @@
-"""Collectives of the tensor-parallel group: raw ones that the operator orders itself, and differentiable regions.
+"""Raw collectives of the tensor-parallel group, which the operator orders itself: none has a gradient (regions.py).
 
-raw            start_all_reduce, wait, all_reduce       no gradient; start returns before the data has arrived
-regions        copy_to_tp_region                        forward: identity         backward: all-reduce (sum)
-               reduce_from_tp_region                    forward: all-reduce (sum) backward: identity
+    start_all_reduce       [...]          → [...]          sum over the group
+    start_all_gather       [n, ...]       → [P·n, ...]     rank r's rows at r·n
+    start_reduce_scatter   [P·n, ...]     → [n, ...]       rows r·n of the sum on rank r
+    wait                   the result, once it has arrived
 
-The regions are Megatron-LM's f and g. The raw collectives go through `torch.ops._c10d_functional`: unlike
-`torch.distributed.all_reduce(async_op=True)` it keeps a compiled graph whole, and unlike
-`torch.distributed._functional_collectives.all_reduce` it claims no gradient of its own.
-
-Source: Shoeybi et al., "Megatron-LM" (2019), figure 3.
+They go through `torch.ops._c10d_functional`: unlike `torch.distributed.all_reduce(async_op=True)` it keeps a compiled
+graph whole, and unlike `torch.distributed._functional_collectives.all_reduce` it claims no gradient of its own. The
+operators are the same in every supported torch; the functions of torch.distributed for the last two change their names.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.distributed.device_mesh import DeviceMesh
 
 Observer = Callable[[], contextlib.AbstractContextManager]
@@ -68,12 +67,35 @@ def start_all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Raises: ValueError: t is not contiguous (gloo would reduce other elements, silently).
     """
-    if not t.is_contiguous():
-        raise ValueError(f"all-reduce of a tensor that is not contiguous: {tuple(t.shape)} with strides {t.stride()}")
+    _check_contiguous("all-reduce", t)
     if torch.compiler.is_compiling():
         return torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name)
     with _observed():
         return torch.ops._c10d_functional.all_reduce_(t, "sum", group.group_name)
+
+
+def start_all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Begin to join every rank's t along dim 0; returns the tensor to `wait` for. t has the same shape on all ranks.
+
+    Raises: ValueError: t is not contiguous. RuntimeError: under torch.func.vmap.
+    """
+    _check_contiguous("all-gather", t)
+    _check_not_batched("all-gather", t)
+    with _observed():
+        return torch.ops._c10d_functional.all_gather_into_tensor(t, group.size(), group.group_name)
+
+
+def start_reduce_scatter(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Begin to sum t over the group and keep this rank's part of dim 0; returns the tensor to `wait` for.
+
+    Raises: ValueError: t is not contiguous, or dim 0 is not divisible by P (the message shows them). RuntimeError:
+    under torch.func.vmap.
+    """
+    _check_contiguous("reduce-scatter", t)
+    _check_not_batched("reduce-scatter", t)
+    check_splits(t, group.size())
+    with _observed():
+        return torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", group.size(), group.group_name)
 
 
 def wait(t: Tensor) -> Tensor:
@@ -87,43 +109,30 @@ def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     return wait(start_all_reduce(t, group))
 
 
-def _sum_of(t: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
-    t = t.detach()
-    return all_reduce(t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format), group)
+def all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return every rank's t joined along dim 0."""
+    return wait(start_all_gather(t, group))
 
 
-class _CopyToRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
-        ctx.group, ctx.consume = group, consume
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_of(dx, ctx.group, ctx.consume), None, None
+def reduce_scatter(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part of dim 0 of t summed over the group."""
+    return wait(start_reduce_scatter(t, group))
 
 
-class _ReduceFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup, consume: bool) -> Tensor:
-        return _sum_of(partial, group, consume)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy, None, None
+def check_splits(t: Tensor, world_size: int) -> None:
+    """Raises: ValueError: dim 0, the sequence, is absent or not divisible by P (the message shows both)."""
+    if t.dim() < 1 or t.shape[0] % world_size:
+        raise ValueError(
+            f"sequence parallelism splits dim 0 into {world_size} equal parts; got a tensor of shape {list(t.shape)}"
+        )
 
 
-def copy_to_tp_region(x: Tensor, group: "dist.ProcessGroup | None", *, consume: bool = False) -> Tensor:
-    """Enter the parallel region: forward identity, backward all-reduce of dx. Identity without a group.
-
-    consume: sum into dx itself, sparing a copy; right only where nothing else reads dx.
-    """
-    return x if group is None else _CopyToRegion.apply(x, group, consume)
+def _check_not_batched(name: str, t: Tensor) -> None:
+    if not torch.compiler.is_compiling() and is_batchedtensor(t):
+        # It would stack the results of the batch's elements before they have arrived.
+        raise RuntimeError(f"torch.func.vmap over sequence parallelism: it does not know how to batch its {name}")
 
 
-def reduce_from_tp_region(partial: Tensor, group: "dist.ProcessGroup | None", *, consume: bool = False) -> Tensor:
-    """Leave the parallel region: forward all-reduce of partial sums, backward identity. Identity without a group.
-
-    consume: sum into `partial` itself, sparing a copy; right only where nothing else reads it, backward included.
-    """
-    return partial if group is None else _ReduceFromRegion.apply(partial, group, consume)
+def _check_contiguous(name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"{name} of a tensor that is not contiguous: {tuple(t.shape)} with strides {t.stride()}")

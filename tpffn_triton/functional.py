@@ -27,6 +27,8 @@ def ffn(
     sequence_parallel: bool = False,
     save: str = "pre_act",
     gradient_accumulation_fusion: bool = False,
+    reduce_dtype: torch.dtype | None = None,
+    forward_chunks: int = 1,
 ) -> Tensor:
     """Return act(x @ w1.T + b1) @ w2.T + b2 of the full weights, of which this rank holds shards.
 
@@ -35,11 +37,18 @@ def ffn(
     w2, b2       [H, F/P], [H]: this rank's input features of Linear2; the same b2 on every rank
     activation   "gelu", "gelu_tanh", "silu", "relu", "relu2", or gated "geglu", "geglu_tanh", "swiglu"
     tp_group     None (no parallelism), a ProcessGroup or a 1-D DeviceMesh
+    sequence_parallel
+                 x, y [S/P, ..., H] are this rank's slice of dim 0, of one size on all ranks: an all-gather of x and a
+                 reduce-scatter of y take the all-reduce's place. b2's gradient is of this rank's tokens
     save         what backward keeps beside x: "pre_act", [M, F/P] or [M, 2F/P], or "nothing", at one more GEMM
     gradient_accumulation_fusion
                  backward adds weight gradients to `w1.main_grad` and `w2.main_grad` (contiguous, fp32) instead of
                  returning them; a weight with an attribute `grad_added_to_main_grad` gets it set to True and a
                  gradient of zeros, so that hooks on it fire (Megatron-LM's convention)
+    reduce_dtype in which the ranks' partial sums of y and dx are stored, sent and added: None (as computed) or fp32
+    forward_chunks
+                 Linear2 in so many row chunks at most, y's all-reduce of each behind the GEMM of the next. Chunks are
+                 added in another order than the whole, so bits differ; with torch.func transforms always 1
 
     One dtype for all tensors; under torch.autocast each is cast to autocast's, y has it, and each gradient has its
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
@@ -54,16 +63,25 @@ def ffn(
     comparing = None if torch.compiler.is_compiling() else group
     kind: Any = None
     try:
-        check_modes(activation, save, sequence_parallel)
+        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks)
         dtype = check_dtypes(x, w1, w2, b1, b2)
         need_d_pre = need_w2 = need_b2 = False
         if torch.is_grad_enabled():
             need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
             need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
         if comparing is not None:
-            dx_needed = need_d_pre and x.requires_grad
-            kind = LayerKind(w1.shape, (dtype, x.device.type, activation, b2 is None, dx_needed))
+            options = activation, sequence_parallel, reduce_dtype, forward_chunks
+            exchanged = [name for name, needed in (("dx", need_d_pre and x.requires_grad),) if needed]
+            if sequence_parallel:
+                exchanged += ["dy"] * (need_d_pre or need_w2)
+                recompute = save == "nothing" and (need_d_pre or need_w2)
+                exchanged += ["x"] * ((need_d_pre and w1.requires_grad) or recompute)
+            kind = LayerKind(w1.shape, (dtype, x.device.type, b2 is None, *options, *exchanged))
         check_shapes(x, w1, w2, b1, b2, activation)
+        if sequence_parallel and x.dim() < 2:
+            raise ValueError(
+                f"sequence_parallel: x must be [S/P, ..., H], this rank's slice of dim 0; got {[*x.shape]}"
+            )
         if gradient_accumulation_fusion and torch.is_grad_enabled():
             check_main_grads(w1, w2)
     except (TypeError, ValueError) as error:
@@ -72,21 +90,38 @@ def ffn(
             reject(comparing, device, kind or getattr(w1, "shape", None), error)
         raise
     if comparing is not None:
-        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, activation, dx_needed))
+        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, options, exchanged))
     keep = "nothing"
     # A transform hides which gradients are wanted.
     if save == "pre_act" and (need_d_pre or need_w2) and not transforming():
         # Without d_pre nothing recomputes the activation, so dw2 needs it kept.
         keep = "pre_act" if need_d_pre else "act"
-    inputs = x, w1, w2, b1, b2, Call(activation, keep, group, dtype, gradient_accumulation_fusion)
+    call = Call(
+        activation,
+        keep,
+        group,
+        dtype,
+        reduce_dtype if reduce_dtype is not None and group is not None and dtype.itemsize < 4 else dtype,
+        sequence_parallel and group is not None,
+        1 if transforming() else forward_chunks,
+        gradient_accumulation_fusion,
+    )
+    inputs = x, w1, w2, b1, b2, call
     if transforming():
         return TransformableFFN.apply(*inputs)
     return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
 
 
-def _description(x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, activation: str, dx_needed: bool) -> str:
+def _description(
+    x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, options: tuple, exchanged: list[str]
+) -> str:
+    activation, sequence_parallel, reduce_dtype, forward_chunks = options
     tensors = f"x {list(x.shape)} and w1 {list(w1.shape)} in {dtype} on {x.device.type}"
-    return f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, {'dx' if dx_needed else 'no dx'}"
+    return (
+        f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, sequence_parallel={sequence_parallel}, "
+        f"reduce_dtype={reduce_dtype}, forward_chunks={forward_chunks}, "
+        f"backward exchanges {', '.join(exchanged) or 'nothing'}"
+    )
 
 
 class _FFN(torch.autograd.Function):

@@ -6,6 +6,7 @@ linear_fc2.weight [H, F/P]   linear_fc2.bias [H]       row-parallel; the bias is
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,11 +45,15 @@ class LinearShard(nn.Module):
 
 
 class TensorParallelFFN(nn.Module):
-    """Compute act(x W1 + b1) W2 + b2 with W1 split by columns and W2 by rows over tp_group; x, y [..., H] replicated.
+    """Compute act(x W1 + b1) W2 + b2 with W1 split by columns and W2 by rows over tp_group; x, y [..., H] replicated,
+    or with sequence_parallel this rank's slices of dim 0.
 
     hidden_size, ffn_hidden_size   H and the full F; F is divisible by the group's size P
-    activation, tp_group, save, gradient_accumulation_fusion   as in `tpffn_triton.ffn`
     bias                           both linears have a bias, or neither
+    the other options              as in `tpffn_triton.ffn`
+
+    With sequence_parallel `linear_fc2.bias` carries the attribute sequence_parallel=True (Megatron-LM's convention):
+    its gradient is of this rank's tokens, until `tpffn_triton.reduce_replicated_grads` has summed it over the group.
 
     Initialised as nn.Linear(H, F) (gated: 2F) and nn.Linear(F, H) created in this order would be: each rank draws the
     full tensors and keeps its part, so the same seed on every rank gives the same full weights at every P.
@@ -67,11 +72,13 @@ class TensorParallelFFN(nn.Module):
         sequence_parallel: bool = False,
         save: str = "pre_act",
         gradient_accumulation_fusion: bool = False,
+        reduce_dtype: torch.dtype | None = None,
+        forward_chunks: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_modes(activation, save, sequence_parallel)
+        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks)
         self.tp_group = resolve_group(tp_group)
         self.rank = 0 if self.tp_group is None else self.tp_group.rank()
         self.world_size = 1 if self.tp_group is None else self.tp_group.size()
@@ -79,10 +86,17 @@ class TensorParallelFFN(nn.Module):
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation, self.sequence_parallel, self.save = activation, sequence_parallel, save
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
+        self.reduce_dtype, self.forward_chunks = reduce_dtype, forward_chunks
         shard = ffn_hidden_size // self.world_size
         self.linear_fc1 = LinearShard(hidden_size, halves(activation) * shard, bias, device, dtype)
         self.linear_fc2 = LinearShard(shard, hidden_size, bias, device, dtype)
+        self._mark_replicated()
         self.reset_parameters()
+
+    def _mark_replicated(self) -> None:
+        bias: Any = self.linear_fc2.bias
+        if bias is not None:
+            bias.sequence_parallel = self.sequence_parallel
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -118,6 +132,8 @@ class TensorParallelFFN(nn.Module):
         sequence_parallel: bool = False,
         save: str = "pre_act",
         gradient_accumulation_fusion: bool = False,
+        reduce_dtype: torch.dtype | None = None,
+        forward_chunks: int = 1,
     ) -> "TensorParallelFFN":
         """Build this rank's module from the full linears: copies of their values, their dtype, device, training mode
         and requires_grad. The two must agree on whether there is a bias. Gated: fc1 has 2F outputs, gate before up.
@@ -150,9 +166,12 @@ class TensorParallelFFN(nn.Module):
                 sequence_parallel=sequence_parallel,
                 save=save,
                 gradient_accumulation_fusion=gradient_accumulation_fusion,
+                reduce_dtype=reduce_dtype,
+                forward_chunks=forward_chunks,
                 dtype=fc1.weight.dtype,
             )
         layer.to_empty(device=fc1.weight.device).train(fc1.training)
+        layer._mark_replicated()  # to_empty made new parameters
         layer._load_full(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         for own, dense in ((layer.linear_fc1, fc1), (layer.linear_fc2, fc2)):
             for name, parameter in own.named_parameters():
@@ -174,6 +193,8 @@ class TensorParallelFFN(nn.Module):
             sequence_parallel=self.sequence_parallel,
             save=self.save,
             gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            reduce_dtype=self.reduce_dtype,
+            forward_chunks=self.forward_chunks,
         )
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelFFN":
@@ -182,11 +203,13 @@ class TensorParallelFFN(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._mark_replicated()  # a parameter's copy has no attributes
         return twin
 
     def extra_repr(self) -> str:
         """Show the full sizes and the sharding."""
         return (
             f"hidden_size={self.hidden_size}, ffn_hidden_size={self.ffn_hidden_size}, activation={self.activation!r}, "
-            f"rank={self.rank}, world_size={self.world_size}, save={self.save!r}"
+            f"rank={self.rank}, world_size={self.world_size}, save={self.save!r}, "
+            f"sequence_parallel={self.sequence_parallel}"
         )

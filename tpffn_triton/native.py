@@ -68,9 +68,16 @@ def linear_act(
     return _ACTIVATE[activation](pre_act), pre_act if save_pre_act else None
 
 
-def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a @ weight.T + bias."""
+def linear(a: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Return a @ weight.T + bias, in out_dtype without rounding to a's first."""
+    if out_dtype not in (None, a.dtype):
+        a, weight, bias = a.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype)
     return _linear(a, weight, bias)
+
+
+def linear_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a @ weight.T + bias to out."""
+    out.copy_(linear(a, weight, bias, out.dtype))
 
 
 def linear_dact(
@@ -93,9 +100,9 @@ def linear_dact(
     return d_pre, act, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
 
 
-def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-    """Return dy @ weight."""
-    return _linear(dy, weight.t(), None)
+def dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Return dy @ weight, in out_dtype without rounding to dy's first."""
+    return linear(dy, weight.t(), None, out_dtype)
 
 
 def wgrad(dy: Tensor, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

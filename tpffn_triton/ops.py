@@ -1,9 +1,10 @@
 """Register every kernel as a PyTorch operator: `torch.ops.tpffn.*`.
 
     linear_act(x, weight, bias?, activation, save_pre_act) -> (act, pre_act)
-    linear(a, weight, bias?) -> y
+    linear(a, weight, bias?, out_dtype?) -> y
+    linear_into(y, a, weight, bias?) -> ()    writes y
     linear_dact(dy, weight, pre_act, activation, need_act, db_dtype?) -> (d_pre, act, db)
-    dgrad(dy, weight) -> dx
+    dgrad(dy, weight, out_dtype?) -> dx
     wgrad(dy, x, out_dtype?) -> dw
     wgrad_accumulate(dw, dy, x) -> ()         adds to dw
     column_sum(src, out_dtype?) -> out
@@ -78,8 +79,12 @@ def _fake_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation:
     return x.new_empty((tokens, N)), x.new_empty((tokens, width) if save_pre_act else (0,))
 
 
-def _fake_linear(a: Tensor, weight: Tensor, bias: Tensor | None):
-    return a.new_empty((a.shape[0], weight.shape[0]))
+def _fake_linear(a: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None):
+    return a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_into(y: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None):
+    return None
 
 
 def _fake_linear_dact(
@@ -89,8 +94,8 @@ def _fake_linear_dact(
     return dy.new_empty(pre_act.shape), act, dy.new_empty((pre_act.shape[1] if db_dtype else 0,), dtype=db_dtype)
 
 
-def _fake_dgrad(dy: Tensor, weight: Tensor):
-    return dy.new_empty((dy.shape[0], weight.shape[1]))
+def _fake_dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None):
+    return dy.new_empty((dy.shape[0], weight.shape[1]), dtype=out_dtype)
 
 
 def _fake_wgrad(dy: Tensor, x: Tensor, out_dtype: torch.dtype | None = None):
@@ -110,6 +115,10 @@ def _gemm_flops(a_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * a_shape[0] * weight_shape[0] * weight_shape[1]
 
 
+def _linear_into_flops(y_shape, a_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return _gemm_flops(a_shape, weight_shape)
+
+
 def _wgrad_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * dy_shape[0] * dy_shape[1] * x_shape[1]
 
@@ -124,7 +133,18 @@ _register(
     _fake_linear_act,
     _gemm_flops,
 )
-_register("linear", "(Tensor a, Tensor weight, Tensor? bias) -> Tensor", _fake_linear, _gemm_flops)
+_register(
+    "linear",
+    "(Tensor a, Tensor weight, Tensor? bias, ScalarType? out_dtype=None) -> Tensor",
+    _fake_linear,
+    _gemm_flops,
+)
+_register(
+    "linear_into",
+    "(Tensor(a!) y, Tensor a, Tensor weight, Tensor? bias) -> ()",
+    _fake_linear_into,
+    _linear_into_flops,
+)
 _register(
     "linear_dact",
     "(Tensor dy, Tensor weight, Tensor pre_act, str activation, bool need_act, ScalarType? db_dtype)"
@@ -132,7 +152,7 @@ _register(
     _fake_linear_dact,
     _gemm_flops,
 )
-_register("dgrad", "(Tensor dy, Tensor weight) -> Tensor", _fake_dgrad, _gemm_flops)
+_register("dgrad", "(Tensor dy, Tensor weight, ScalarType? out_dtype=None) -> Tensor", _fake_dgrad, _gemm_flops)
 _register("wgrad", "(Tensor dy, Tensor x, ScalarType? out_dtype=None) -> Tensor", _fake_wgrad, _wgrad_flops)
 _register(
     "wgrad_accumulate",
@@ -142,7 +162,7 @@ _register(
 )
 _register("column_sum", "(Tensor src, ScalarType? out_dtype=None) -> Tensor", _fake_column_sum, None)
 
-_NAMES = ("linear_act", "linear", "linear_dact", "dgrad", "wgrad", "wgrad_accumulate", "column_sum")
+_NAMES = ("linear_act", "linear", "linear_into", "linear_dact", "dgrad", "wgrad", "wgrad_accumulate", "column_sum")
 REGISTERED = SimpleNamespace(**{name: getattr(torch.ops.tpffn, name).default for name in _NAMES})
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 

@@ -1,6 +1,6 @@
 """The two passes of the sharded FFN: what is computed and communicated, in which order.
 
-    x   [..., H]    replicated over the group      y   [..., H]   replicated
+    x   [..., H]    replicated over the group      y   [..., H]   replicated; or both this rank's slice of dim 0
     w1  [W, H]      b1 [W]                         w2  [H, F/P]   b2 [H], added once, by rank 0
     pre_act, d_pre  [M, W], act [M, F/P]; M the product of x's leading dims, W = F/P or, where the activation is
                     gated, 2F/P: gate above (in pre_act: left of) up
@@ -16,17 +16,26 @@
 
 Megatron-LM's two linears are two autograd functions, so dx's all-reduce hides behind dw1 alone; here it hides behind
 every weight and bias gradient. Gradients nobody asks for are not computed, and what only they need is not saved.
+
+With sequence parallelism x [S/P, ...] is gathered before linear_act, and reduce-scatter takes the all-reduce's place.
+Backward gathers dy and, since the slice alone is kept, x: in flight until dw1 (recomputation: linear_act) needs it. db2
+is of this rank's tokens.
+
+With row chunks, y's all-reduce of each is in flight behind the GEMM of the next. With reduce_dtype the partial sums of
+y and dx are stored, sent and added in that dtype, and rounded once more at the end.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpffn_triton import ops
-from tpffn_triton.collectives import all_reduce, start_all_reduce, wait
+from tpffn_triton.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, wait
+
+# A chunk is a multiple of the tallest tile, so that no tile is cut in two.
+CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True)  # torch.func takes a tuple apart
@@ -35,8 +44,11 @@ class Call:
 
     activation: str
     keep: str  # what backward needs of forward: "pre_act", "act" or "nothing"
-    group: "dist.ProcessGroup | None"
+    group: Any  # the process group; None for one rank
     dtype: torch.dtype  # to compute in
+    reduce_dtype: torch.dtype  # to add partial sums in
+    sequence_parallel: bool  # with a group only
+    chunks: int  # of y's rows, at most
     fuse: bool  # weight gradients go to main_grad
 
 
@@ -72,17 +84,49 @@ def forward(
     x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and pre_act or act, whichever backward is to keep."""
-    activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
+    activation, keep, dtype = call.activation, call.keep, call.dtype
     kernels = ops.kernels(x, w1, w2, b1, b2)
     b1, b2 = _vector(b1, dtype), _vector(b2, dtype)
-    act, pre_act = kernels.linear_act(_rows(x, dtype), _rows(w1, dtype), b1, activation, keep == "pre_act")
-    w2 = _rows(w2, dtype)
-    if group is None:
-        y = kernels.linear(act, w2, b2)
-    else:
-        y = all_reduce(kernels.linear(act, w2, b2 if group.rank() == 0 else None), group)
+    tokens = _rows(x, dtype)
+    if call.sequence_parallel:
+        tokens = all_gather(tokens.contiguous(), call.group)
+    act, pre_act = kernels.linear_act(tokens, _rows(w1, dtype), b1, activation, keep == "pre_act")
+    y = _linear2(kernels, act, _rows(w2, dtype), b2, call)
     # Not view: autograd refuses to modify a view in place, as `y += residual` does.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), act if keep == "act" else pre_act
+
+
+def _linear2(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Call) -> Tensor:
+    """Return Linear2 of act [M, F/P], summed over the group: y [M, H], or this rank's rows of it."""
+    if call.group is None:
+        return kernels.linear(act, w2, b2)
+    b2 = b2 if call.group.rank() == 0 else None
+    if call.chunks == 1:
+        y = wait(_start_sum(kernels.linear(act, w2, b2, call.reduce_dtype), call))
+    else:
+        y = _linear2_by_chunks(kernels, act, w2, b2, call)
+    return y.to(call.dtype)
+
+
+def _linear2_by_chunks(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Call) -> Tensor:
+    rows = -(-act.shape[0] // call.chunks)
+    rows = -(-rows // CHUNK_ROWS) * CHUNK_ROWS
+    if torch.compiler.is_compiling():  # where collectives return new tensors
+        parts = [kernels.linear(chunk, w2, b2, call.reduce_dtype) for chunk in act.split(rows)]
+        return torch.cat([wait(started) for started in [_start_sum(part, call) for part in parts]])
+    y = act.new_empty((act.shape[0], w2.shape[0]), dtype=call.reduce_dtype)
+    started = []
+    for chunk, part in zip(act.split(rows), y.split(rows), strict=True):
+        kernels.linear_into(part, chunk, w2, b2)
+        started.append(_start_sum(part, call))
+    for part in started:
+        wait(part)
+    return y
+
+
+def _start_sum(partial: Tensor, call: Call) -> Tensor:
+    """Begin to add the ranks' partial sums [M, H], which are consumed."""
+    return (start_reduce_scatter if call.sequence_parallel else start_all_reduce)(partial, call.group)
 
 
 def prepare_backward(
@@ -123,28 +167,40 @@ def backward(
     need_d_pre = need_x or need_w1 or need_b1
     kernels = ops.kernels(dy, x, w1, w2, b1)
     x, w1, w2 = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
-    dy = _rows(dy, dtype)
+    own_dy = dy = _rows(dy, dtype)
+    if call.sequence_parallel:
+        dy = start_all_gather(dy.contiguous(), group) if need_d_pre or need_w2 else dy
+        x = None if x is None else start_all_gather(x.contiguous(), group)
     act, pre_act = (kept, None) if keep == "act" else (None, kept)
-    if keep == "nothing" and (need_d_pre or need_w2):
+    recompute = keep == "nothing" and (need_d_pre or need_w2)
+    if recompute:
+        x = _arrived(x, call)
         act, pre_act = kernels.linear_act(x, w1, _vector(b1, dtype), activation, need_d_pre)
+    if need_d_pre or need_w2:
+        dy = _arrived(dy, call)
     dx = dw1 = dw2 = db1 = db2 = None
     if need_d_pre:
         db1_dtype = wanted.dtypes[3] if need_b1 else None
         d_pre, again, db1 = kernels.linear_dact(dy, w2, pre_act, activation, need_w2 and act is None, db1_dtype)
         act = again if act is None else act
         if need_x:
-            dx = kernels.dgrad(d_pre, w1)
+            dx = kernels.dgrad(d_pre, w1, call.reduce_dtype)
             if group is not None:
-                dx = start_all_reduce(dx, group)
+                dx = _start_sum(dx, call)
     if need_w2:
         dw2 = _weight_grad(kernels, dy, act, wanted, 1)
     if need_w1:
-        dw1 = _weight_grad(kernels, d_pre, x, wanted, 0)
+        dw1 = _weight_grad(kernels, d_pre, x if recompute else _arrived(x, call), wanted, 0)
     if need_b2:
-        db2 = kernels.column_sum(dy, wanted.dtypes[4])
+        db2 = kernels.column_sum(own_dy, wanted.dtypes[4])
     if dx is not None:
         dx = (dx if group is None else wait(dx)).view(wanted.shape).to(wanted.dtypes[0])
     return dx, dw1, dw2, db1 if need_b1 else None, db2
+
+
+def _arrived(t: Any, call: Call) -> Tensor:
+    """Return what a gather that backward started has joined; without sequence parallelism, what was there."""
+    return wait(t) if call.sequence_parallel else t
 
 
 def _weight_grad(kernels: Any, dy: Tensor, x: Tensor | None, wanted: Wanted, which: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
-from tpffn_triton.collectives import all_reduce
+from tpffn_triton.collectives import all_gather, all_reduce, reduce_scatter
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.passes import Call, backward, forward, prepare_backward
 from tpffn_triton.reference import ACTIVATIONS
@@ -61,6 +61,8 @@ def _tangent(call: Call, *tensors: Tensor | None) -> Tensor:
     rather than kernels of its own."""
     cast: list[Any] = [None if t is None else t.to(call.dtype) for t in tensors]
     x, w1, w2, b1, dx, dw1, dw2, db1, db2 = cast
+    if call.sequence_parallel:
+        x, dx = (None if t is None else all_gather(t.contiguous(), call.group) for t in (x, dx))
     pre_act = F.linear(x, w1, b1)
     act, pullback = torch.func.vjp(ACTIVATIONS[call.activation], pre_act)  # type: ignore[misc]
     # Each element of act depends on one element of pre_act, or on one of gate and one of up.
@@ -71,7 +73,8 @@ def _tangent(call: Call, *tensors: Tensor | None) -> Tensor:
     d_pre = d_pre if db1 is None else d_pre + db1
     dy = F.linear((derivative * d_pre).unflatten(-1, (halves(call.activation), -1)).sum(-2), w2)
     dy = dy if dw2 is None else dy + F.linear(act, dw2)
-    dy = dy if call.group is None else all_reduce(dy, call.group)
+    if call.group is not None:
+        dy = reduce_scatter(dy, call.group) if call.sequence_parallel else all_reduce(dy, call.group)
     return dy if db2 is None else dy + db2
 
 

@@ -17,13 +17,22 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
-def check_modes(activation: str, save: str, sequence_parallel: bool) -> None:
-    """Raises: ValueError: unknown activation or save mode, or sequence_parallel, which does not exist yet."""
+def check_modes(
+    activation: str, save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int
+) -> None:
+    """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or more than one beside
+    sequence_parallel. TypeError: chunks are no int."""
     check_activation(activation)
     if save not in SAVE_MODES:
         raise ValueError(f"save {save!r} is not one of {', '.join(SAVE_MODES)}")
-    if sequence_parallel:
-        raise ValueError("sequence_parallel=True is not available in this version: replicate x over the group")
+    if reduce_dtype not in (None, torch.float32):
+        raise ValueError(f"reduce_dtype {reduce_dtype} is not one of None, torch.float32")
+    check_positive("forward_chunks", forward_chunks)
+    if sequence_parallel and forward_chunks > 1:
+        raise ValueError(
+            f"forward_chunks={forward_chunks} cuts an all-reduce; sequence_parallel has a reduce-scatter, whose parts "
+            "are not rows of one chunk"
+        )
 
 
 def check_sizes(hidden_size: int, ffn_hidden_size: int, world_size: int) -> None:

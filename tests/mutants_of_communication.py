@@ -1,0 +1,119 @@
+"""Mistakes in what ranks exchange, for mutants.py to make: file → (name, text, replacement, tests that must notice)."""
+
+SLICES = "test_sequence_parallel.py -k 'slices_equal and 2- and float32-native and relu-'"
+BLOCK = "test_sequence_parallel.py -k block_between"
+SUMMED = "test_sequence_parallel.py -k summed_once"
+MARK = "test_sequence_parallel.py -k megatrons_mark"
+
+MUTANTS = {
+    "tpffn_triton/passes.py": [
+        ("x not gathered", "tokens = all_gather(tokens.contiguous(), call.group)", "pass", SLICES),
+        (
+            "slice of x for dw1",
+            "x = None if x is None else start_all_gather(x.contiguous(), group)",
+            "pass",
+            SLICES,
+        ),
+        (
+            "x waited for before dgrad",
+            "    if need_d_pre or need_w2:\n        dy = _arrived(dy, call)",
+            "    if need_d_pre or need_w2:\n        x = _arrived(x, call)\n        dy = _arrived(dy, call)",
+            "test_sequence_parallel.py -k in_flight",
+        ),
+        (
+            "db2 of all ranks' tokens",
+            "kernels.column_sum(own_dy, wanted.dtypes[4])",
+            "kernels.column_sum(dy, wanted.dtypes[4])",
+            SLICES,
+        ),
+        (
+            "dy gathered for db2",
+            "start_all_gather(dy.contiguous(), group) if need_d_pre or need_w2 else dy",
+            "start_all_gather(dy.contiguous(), group)",
+            "test_sequence_parallel.py -k collectives_and",
+        ),
+        (
+            "chunk waited for before the next",
+            "        started.append(_start_sum(part, call))",
+            "        started.append(wait(_start_sum(part, call)))",
+            "test_reductions.py -k in_flight",
+        ),
+        ("chunk not reduced", "        started.append(_start_sum(part, call))", "", "test_reductions.py -k row_chunks"),
+        (
+            "chunks that cut tiles",
+            "rows = -(-rows // CHUNK_ROWS) * CHUNK_ROWS",
+            "pass",
+            "test_reductions.py -k in_flight",
+        ),
+        (
+            "dx reduced in 16 bits",
+            "dx = kernels.dgrad(d_pre, w1, call.reduce_dtype)",
+            "dx = kernels.dgrad(d_pre, w1)",
+            "test_reductions.py -k 'fp32_reduction and native'",
+        ),
+    ],
+    "tpffn_triton/collectives.py": [
+        ("all-reduce of any strides", "if not t.is_contiguous():", "if False:", "test_distributed.py -k sub_mesh"),
+        (
+            "group of one rank that communicates",
+            "return tp_group if tp_group.size() > 1 else None",
+            "return tp_group",
+            "test_distributed.py -k group_of_one",
+        ),
+        (
+            "parts of different size reduce-scattered",
+            "if t.dim() < 1 or t.shape[0] % world_size:",
+            "if t.dim() < 1:",
+            "test_sequence_parallel.py -k p_does_not_divide",
+        ),
+        (
+            "batched gather",
+            "if not torch.compiler.is_compiling() and is_batchedtensor(t):",
+            "if False:",
+            "test_sequence_parallel.py -k pytorchs_modes",
+        ),
+    ],
+    "tpffn_triton/regions.py": [
+        (
+            "region that sums into what it was given",
+            "t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format)",
+            "t.contiguous()",
+            "test_distributed.py -k regions_sum",
+        ),
+        (
+            "gradient of a gather not summed",
+            "own = reduce_scatter(dy.contiguous(), ctx.group) if ctx.reduce_grad else _slice_of(dy, ctx.group)",
+            "own = _slice_of(dy, ctx.group)",
+            SLICES,
+        ),
+        (
+            "gradient of a replicated output summed",
+            "own = reduce_scatter(dy.contiguous(), ctx.group) if ctx.reduce_grad else _slice_of(dy, ctx.group)",
+            "own = reduce_scatter(dy.contiguous(), ctx.group)",
+            BLOCK,
+        ),
+        ("slice of rank 0 everywhere", "[group.rank()].clone", "[0].clone", BLOCK),
+    ],
+    "tpffn_triton/replicated_grads.py": [
+        ("marked parameters left out", 'getattr(parameter, "sequence_parallel", False)', "False", SUMMED),
+        (
+            "a bias without its mark left out",
+            "or id(parameter) in biases",
+            "",
+            "test_sequence_parallel.py -k without_its_mark",
+        ),
+        ("missing gradient not sent", "parameter.grad = torch.zeros_like(parameter)", "continue", SUMMED),
+    ],
+    "tpffn_triton/module.py": [
+        ("mark lost by from_dense", "layer._mark_replicated()", "pass", MARK),
+        ("mark lost by a copy", "twin._mark_replicated()", "pass", MARK),
+    ],
+    "tpffn_triton/transforms.py": [
+        (
+            "tangent of a slice",
+            "x, dx = (None if t is None else all_gather(t.contiguous(), call.group) for t in (x, dx))",
+            "x = all_gather(x.contiguous(), call.group)",
+            "test_sequence_parallel.py -k pytorchs_modes",
+        ),
+    ],
+}
