@@ -41,7 +41,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tpffn_triton.machines import ALGORITHMS, ITEMSIZE, AlphaBeta, Compute, Link, Machine
+from tpffn_triton.machines import ALGORITHMS, ITEMSIZE, Compute, Link, Machine, measured_at
 
 CHUNKS = (1, 2, 4, 8)
 # What a process group of NCCL or gloo may choose by itself; the others take symmetric memory.
@@ -78,23 +78,13 @@ def rounds_and_bytes(kind: str, algorithm: str, nbytes: float, world_size: int) 
     }[algorithm]
 
 
-def _terms(link: Link, kind: str, algorithm: str, world_size: int) -> list[AlphaBeta]:
-    """The terms to choose from; of fitted ones those of the most ranks up to world_size, or else of the fewest."""
-    terms = [t for t in link.terms if t.algorithm == algorithm and t.kind in ("", kind)]
-    fitted = sorted({t.world_size for t in terms if t.world_size})
-    if not fitted:
-        return terms
-    nearest = max((p for p in fitted if p <= world_size), default=fitted[0])
-    return [t for t in terms if t.world_size in (0, nearest)]
-
-
 def link_us(link: Link, kind: str, algorithm: str, nbytes: float, world_size: int) -> float | None:
     """Return the time on one link, by the fastest of its protocols; None where it has no such algorithm."""
     rounds, sent = rounds_and_bytes(kind, algorithm, nbytes, world_size)
     if rounds == 0:
         return 0.0
-    terms = _terms(link, kind, algorithm, world_size)
-    times = [t.base_us + rounds * t.alpha_us + sent / t.gb_per_s / 1e3 for t in terms]
+    terms = [t for t in link.terms if t.algorithm == algorithm and t.kind in ("", kind)]
+    times = [t.base_us + rounds * t.alpha_us + sent / t.gb_per_s / 1e3 for t in measured_at(terms, world_size)]
     return min(times, default=None)
 
 
@@ -181,15 +171,15 @@ def forward_chunks(
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
     if world_size == 1 or tokens == 0:
         return 1
-    itemsize = ITEMSIZE[dtype]
+    itemsize, compute = ITEMSIZE[dtype], machine.compute(world_size)
 
     def predicted(chunks: int) -> float:
         rows = tokens / chunks
         operands = rows * shard_features + hidden * shard_features + rows * hidden
-        gemm = kernel_us(machine.compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
+        gemm = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
         nbytes = rows * hidden * (reduced_itemsize or itemsize)
         reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0].us
-        return chunked_us(gemm, reduce, chunks, machine.overlap)
+        return chunked_us(gemm, reduce, chunks, compute.overlap)
 
     # Of equal times the fewest chunks.
     return min((chunks for chunks in CHUNKS if chunks <= tokens), key=lambda chunks: (predicted(chunks), chunks))

@@ -3,12 +3,13 @@
     Compute   tflops        dense TFLOP/s, by dtype
               tb_per_s      TB/s of device memory, reads plus writes
               launch_us     µs from one kernel to the next
+              overlap       share of a collective that can run beside kernels without slowing them, 0 to 1
     AlphaBeta base_us       µs, once a collective
               alpha_us      µs, each round
               gb_per_s      GB/s that a rank sends (and receives at the same time); 1 GB is 10⁹ bytes
     Link      terms         one AlphaBeta for each algorithm, or several of which the fastest counts (protocols)
-    Machine   link, network within a node, and between nodes (None: there is one node)
-              overlap       share of a collective that can run beside kernels without slowing them, 0 to 1
+    Machine   computes      one Compute, or one for each number of ranks that it was measured with
+              link, network within a node, and between nodes (None: there is one node)
 
 All are hashable. What the figures are worth is in each `source`; presets are in presets.py, formulas in cost_model.py.
 
@@ -21,9 +22,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SCHEMA = "tpffn_triton.machine/1"
 ALGORITHMS = {
@@ -40,13 +42,17 @@ _MOST_BYTES = 1 << 24  # of a machine file
 class Compute:
     """What one rank reaches at best; `tflops` holds (dtype, TFLOP/s) pairs.
 
+    world_size   the number of ranks it was measured with, all busy; 0 for any
+
     Raises: ValueError: a figure out of range, or an unknown dtype.
     """
 
     tflops: tuple[tuple[str, float], ...]
     tb_per_s: float
     launch_us: float
+    overlap: float
     source: str
+    world_size: int = 0
 
     def __post_init__(self) -> None:
         for dtype, value in self.tflops:
@@ -55,6 +61,8 @@ class Compute:
             _check_number(f"tflops of {dtype}", value, 1e-6, 1e6)
         _check_number("tb_per_s", self.tb_per_s, 1e-6, 1e4)
         _check_number("launch_us", self.launch_us, 0, 1e7)
+        _check_number("overlap", self.overlap, 0, 1)
+        _check_whole("world_size", self.world_size, 0, 1 << 20)
 
     def rate(self, dtype: str) -> float:
         """Return TFLOP/s. Raises: ValueError: not known for this dtype."""
@@ -108,18 +116,25 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """One or more nodes of `ranks_per_node` ranks; see the module docstring. Raises: ValueError: out of range."""
+    """One or more nodes of `ranks_per_node` ranks; see the module docstring.
+
+    Raises: ValueError: no computes, or ranks_per_node out of range.
+    """
 
     name: str
-    compute: Compute
+    computes: tuple[Compute, ...]
     link: Link
     network: Link | None
     ranks_per_node: int
-    overlap: float
 
     def __post_init__(self) -> None:
+        if not self.computes:
+            raise ValueError(f"machine {self.name!r} has no computes")
         _check_whole("ranks_per_node", self.ranks_per_node, 1, 1 << 20)
-        _check_number("overlap", self.overlap, 0, 1)
+
+    def compute(self, world_size: int) -> Compute:
+        """Return what each of world_size ranks computes."""
+        return measured_at(self.computes, world_size)[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the machine as a machine file holds it."""
@@ -132,14 +147,10 @@ class Machine:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"not a machine file: schema must be {SCHEMA!r}, got {found!r}")
         given = _fields(Machine, data.get("machine"), "machine")
-        compute = _fields(Compute, given.pop("compute"), "machine.compute")
-        rates = _list(compute.pop("tflops"), "machine.compute.tflops")
-        for number, pair in enumerate(rates):
-            if len(_list(pair, f"machine.compute.tflops[{number}]")) != 2 or not isinstance(pair[0], str):
-                raise ValueError(f"machine.compute.tflops[{number}] must be [dtype, TFLOP/s], got {pair!r}")
+        computes = _list(given.pop("computes"), "machine.computes")
         network = given.pop("network")
         return cls(
-            compute=Compute(tflops=tuple((dtype, rate) for dtype, rate in rates), **compute),
+            computes=tuple(_compute(data, f"machine.computes[{n}]") for n, data in enumerate(computes)),
             link=_link(given.pop("link"), "machine.link"),
             network=None if network is None else _link(network, "machine.network"),
             **given,
@@ -167,6 +178,26 @@ class Machine:
             raise ValueError(f"cannot read machine file {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"machine file {path}: {error}") from None
+
+
+_T = TypeVar("_T", Compute, AlphaBeta)
+
+
+def measured_at(records: Sequence[_T], world_size: int) -> list[_T]:
+    """Return those that hold for any number of ranks, and of the measured ones those with the most ranks up to
+    world_size, or else with the fewest."""
+    measured = sorted({record.world_size for record in records if record.world_size})
+    nearest = max((p for p in measured if p <= world_size), default=measured[0] if measured else 0)
+    return [record for record in records if record.world_size in (0, nearest)]
+
+
+def _compute(data: Any, where: str) -> Compute:
+    given = _fields(Compute, data, where)
+    rates = _list(given.pop("tflops"), f"{where}.tflops")
+    for pair in rates:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"{where}.tflops must hold [dtype, TFLOP/s], got {pair!r}")
+    return Compute(tflops=tuple((dtype, rate) for dtype, rate in rates), **given)
 
 
 def _link(data: Any, where: str) -> Link:

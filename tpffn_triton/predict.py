@@ -21,7 +21,7 @@ from tpffn_triton.cost_model import (
     kernel_us,
     nodes_needed,
 )
-from tpffn_triton.machines import Machine
+from tpffn_triton.machines import Compute, Machine
 from tpffn_triton.plan_report import Collective, FFNPlan, Gemm, Reduction, align, human_bytes
 
 PASSES = ("forward", "backward")
@@ -119,7 +119,8 @@ def predict(
         raise ValueError(f"forward chunks must be from 1 to the {plan.batch * plan.seq} tokens, got {chunks}")
     if chunks > 1 and plan.sequence_parallel:
         raise ValueError(f"forward chunks are for an all-reduce: not with sequence parallelism, got {chunks}")
-    kernels = [_kernel_time(kernel, plan, machine) for kernel in plan.kernels]
+    compute = machine.compute(plan.tp)
+    kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
     own_us = {kernel.name: kernel.us for kernel in kernels}
     behind = {(o.pass_, o.tensor): sum(own_us[name] for name in o.behind) for o in plan.overlaps}
 
@@ -130,25 +131,25 @@ def predict(
     for c in plan.collectives:
         best = fastest(c)
         us = best.us
-        exposed = us - machine.overlap * min(us, behind.get((c.pass_, c.tensor), 0.0))
+        exposed = us - compute.overlap * min(us, behind.get((c.pass_, c.tensor), 0.0))
         if c.pass_ == "forward" and chunks > 1:
             linear2 = next(k for k in plan.gemms if k.name == "linear2")
             # Every chunk reads all of w2.
             weight_bytes = sum(t.bytes for t in plan.tensors if t.name == "w2")
             chunk_bytes = (linear2.hbm_bytes - weight_bytes) / chunks + weight_bytes
-            gemm_us = kernel_us(machine.compute, plan.dtype, linear2.flops / chunks, chunk_bytes)
+            gemm_us = kernel_us(compute, plan.dtype, linear2.flops / chunks, chunk_bytes)
             best = fastest(c, chunks)
             us = chunks * best.us
             # The kernels' own sum has Linear2 in one piece.
-            exposed = chunked_us(gemm_us, best.us, chunks, machine.overlap) - own_us["linear2"]
+            exposed = chunked_us(gemm_us, best.us, chunks, compute.overlap) - own_us["linear2"]
         times.append(CollectiveTime(c.pass_, c.kind, c.tensor, best.algorithm, us, exposed))
     return Prediction(machine.name, nodes_needed(machine, plan.tp), chunks, tuple(kernels), tuple(times))
 
 
-def _kernel_time(kernel: Gemm | Reduction, plan: FFNPlan, machine: Machine) -> KernelTime:
+def _kernel_time(kernel: Gemm | Reduction, dtype: str, compute: Compute) -> KernelTime:
     flops = kernel.flops if isinstance(kernel, Gemm) else 0
-    us = kernel_us(machine.compute, plan.dtype, flops, kernel.hbm_bytes)
-    memory_us = kernel_us(machine.compute, plan.dtype, 0, kernel.hbm_bytes)
+    us = kernel_us(compute, dtype, flops, kernel.hbm_bytes)
+    memory_us = kernel_us(compute, dtype, 0, kernel.hbm_bytes)
     return KernelTime(kernel.name, kernel.pass_, us, "arithmetic" if us > memory_us else "memory")
 
 

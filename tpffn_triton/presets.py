@@ -1,6 +1,7 @@
 """Machines whose constants come from named sources: GPUs, links, and which of them go together.
 
-`GPUS` lists devices by the exact name that torch reports, so that a slice of a GPU has no figures.
+`GPUS` lists devices by the exact name that torch reports, so that a slice of a GPU has no figures. Their `overlap` is
+1, the ideal: what SMs and memory bandwidth a collective takes from the kernels beside it is not yet measured.
 
 Links: NCCL's tuning model, version 2.30.7 (github.com/NVIDIA/nccl), from which NCCL itself chooses algorithm and
 protocol. One term is one protocol of one algorithm:
@@ -29,7 +30,7 @@ LAUNCH_US = 1.3
 
 def _gpu(sixteen_bit: float, tf32: float, fp32: float, tb_per_s: float, source: str) -> Compute:
     tflops = (("bf16", sixteen_bit), ("fp16", sixteen_bit), ("tf32", tf32), ("fp32", fp32))
-    return Compute(tflops, tb_per_s, LAUNCH_US, source)
+    return Compute(tflops, tb_per_s, LAUNCH_US, 1.0, source)
 
 
 _MEASURED = "bf16 and memory measured (8192³ product on random data, device-to-device copy), tf32 and fp32 datasheet"
@@ -144,8 +145,6 @@ def machine(link: str, gpu: str | None = None, ranks_per_node: int | None = None
     link   nvlink3 (A100), nvlink4 (H100), nvlink5 (B200), pcie4, pcie5, infiniband-hdr, infiniband-ndr
     gpu    h100, h200, a100, b200
 
-    Collectives are taken to run beside kernels without slowing them, which no GPU does quite.
-
     Raises: ValueError: an unknown name, or ranks_per_node below 1.
     """
     if link not in LINKS:
@@ -154,5 +153,5 @@ def machine(link: str, gpu: str | None = None, ranks_per_node: int | None = None
         raise ValueError(f"unknown gpu {gpu!r}: one of {', '.join(_GPU_NAMES)}")
     usual, network, ranks = _SYSTEMS[link]
     name = usual if gpu is None else _GPU_NAMES[gpu]
-    preset = Machine(f"{name}, {link}", GPUS[name], LINKS[link], LINKS[network], ranks, overlap=1.0)
+    preset = Machine(f"{name}, {link}", (GPUS[name],), LINKS[link], LINKS[network], ranks)
     return preset if ranks_per_node is None else replace(preset, ranks_per_node=ranks_per_node)
