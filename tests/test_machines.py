@@ -128,7 +128,16 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         broken.save(path)
     assert Machine.load(path) == MEASURED
-    assert [p.name for p in tmp_path.iterdir()] == ["machine.json"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        MEASURED.save(tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "machine.json"]
+
+
+def test_machines_are_equal_by_every_constant() -> None:
+    slower = replace(MEASURED, link=Link("gloo", (replace(MEASURED.link.terms[0], alpha_us=100.6),)))
+    assert slower != MEASURED
+    assert len({MEASURED, slower, replace(MEASURED)}) == 2
 
 
 def test_what_a_rank_computes_depends_on_how_many_there_are() -> None:
@@ -160,3 +169,19 @@ def test_links_by_the_datasheets() -> None:
     for name, wire in wires.items():
         fastest = max(term.gb_per_s for term in presets.LINKS[name].terms)
         assert 0.7 * wire < fastest < wire
+
+
+def constants() -> list[str]:
+    """The presets' terms as docs/cost_model.md shows them."""
+    return [
+        f"| {link.name} | {term.algorithm} | {term.kind.replace('_', '-') or 'all'} | {term.base_us:g} | "
+        f"{term.alpha_us:g} | {term.gb_per_s:.4g} | {term.source} |"
+        for link in presets.LINKS.values()
+        for term in link.terms
+    ]
+
+
+def test_the_documentation_has_these_constants() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "cost_model.md").read_text()
+    shown = [line for line in text.splitlines() if line.startswith(tuple(f"| {name} | " for name in presets.LINKS))]
+    assert [line for line in shown if "NCCL" in line] == constants()

