@@ -1,8 +1,6 @@
 """Say where a measurement was taken: device, versions, commit, threads; and what the device could do at best.
 
-`CEILINGS` lists devices by the exact name that torch reports, so that a slice of a GPU has no ceiling:
-    tflops     dense, no structured sparsity, by dtype
-    tb_per_s   device memory, reads plus writes
+The ceilings, dense TFLOP/s and TB/s of memory, are tpffn_triton/presets.py's.
 """
 
 import datetime
@@ -10,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,37 +18,13 @@ import triton
 from ranks import Rank, cores
 
 import tpffn_triton
+from tpffn_triton.machines import Compute
+from tpffn_triton.presets import GPUS
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """What a device reaches at best, and the source of the figures."""
-
-    tflops: dict[str, float]
-    tb_per_s: float
-    source: str
-
-
-def _ceiling(sixteen_bit: float, tf32: float, fp32: float, tb_per_s: float, source: str) -> Ceiling:
-    return Ceiling({"bf16": sixteen_bit, "fp16": sixteen_bit, "tf32": tf32, "fp32": fp32}, tb_per_s, source)
-
-
-_MEASURED = "bf16 and memory measured (8192³ product on random data, device-to-device copy), tf32 and fp32 datasheet"
-CEILINGS = {
-    "NVIDIA H100 80GB HBM3": _ceiling(800, 494, 67, 3.0, _MEASURED),
-    "NVIDIA H200": _ceiling(790, 494, 67, 4.3, _MEASURED),
-    "NVIDIA H100 PCIe": _ceiling(756, 378, 51, 2.0, "datasheet"),
-    "NVIDIA A100-SXM4-80GB": _ceiling(312, 156, 19.5, 2.04, "datasheet"),
-    "NVIDIA A100-SXM4-40GB": _ceiling(312, 156, 19.5, 1.56, "datasheet"),
-    "NVIDIA A100 80GB PCIe": _ceiling(312, 156, 19.5, 1.94, "datasheet"),
-    "NVIDIA A100-PCIE-40GB": _ceiling(312, 156, 19.5, 1.56, "datasheet"),
-    "NVIDIA B200": _ceiling(2250, 1100, 80, 8.0, "datasheet, 1000 W"),
-}
-
-
-def ceiling(device: str) -> Ceiling | None:
-    """Return the ceiling of the device of this name, None where it is unknown."""
-    return CEILINGS.get(device)
+def ceiling(device: str) -> Compute | None:
+    """Return what the device of this name reaches at best, None where it is unknown."""
+    return GPUS.get(device)
 
 
 def floor_ms(device: str, dtype: str, passes: list[tuple[int, int]]) -> float | None:
@@ -59,7 +32,7 @@ def floor_ms(device: str, dtype: str, passes: list[tuple[int, int]]) -> float | 
     best = ceiling(device)
     if best is None:
         return None
-    return sum(max(flops / best.tflops[dtype] / 1e9, moved / best.tb_per_s / 1e9) for flops, moved in passes)
+    return sum(max(flops / best.rate(dtype) / 1e9, moved / best.tb_per_s / 1e9) for flops, moved in passes)
 
 
 def device_name(device: torch.device) -> str:

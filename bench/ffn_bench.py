@@ -8,18 +8,17 @@ Exit status: 0, 1 an implementation was wrong or a rank failed, 2 wrong argument
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import checkout  # noqa: F401
 import ranks
 import report
 import torch
+from command_line import OneLineErrorParser, check_plot, check_writable, names
 from implementations import IMPLEMENTATIONS, chosen
 from measure import Settings, measure
 from plot import plot
@@ -69,16 +68,10 @@ examples:
 SIZES = ("batch", "seq", "hidden", "ffn")
 
 
-class _OneLineErrorParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks one speaks
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     analysed = SHAPES["analysed"]
-    parser = _OneLineErrorParser(
+    parser = OneLineErrorParser(
         prog="ffn_bench.py",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -109,14 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
-    return names
-
-
 def _shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     tp = {} if args.tp is None else {"tp": args.tp}
@@ -127,25 +112,15 @@ def _shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
         return (replace(shape, name=name),)
     if sizes:
         raise ValueError(f"--shapes names the sizes: it cannot go with --{next(iter(sizes))}")
-    return tuple(replace(SHAPES[name], **tp) for name in _names(args.shapes, list(SHAPES), "shape"))
-
-
-def _check_writable(path: Path) -> None:
-    """Make path's folder now: better to fail before the measurement than after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: {'a directory' if path.is_dir() else 'no permission'}")
+    return tuple(replace(SHAPES[name], **tp) for name in names(args.shapes, list(SHAPES), "shape"))
 
 
 def settings_of(args: argparse.Namespace, device_type: str, command: str) -> list[Settings]:
     """Return what to measure, one Settings for each P. Raises: ValueError: arguments that do not fit."""
     shapes = _shapes(args)
     default_dtype = "bf16" if device_type == "cuda" else "fp32"
-    dtypes = _names(args.dtype or default_dtype, list(DTYPES), "dtype")
-    impls = None if args.impl == "all" else _names(args.impl, list(IMPLEMENTATIONS), "implementation")
+    dtypes = names(args.dtype or default_dtype, list(DTYPES), "dtype")
+    impls = None if args.impl == "all" else names(args.impl, list(IMPLEMENTATIONS), "implementation")
     if args.iters is not None and args.iters < 1:
         raise ValueError(f"--iters must be at least 1, got {args.iters}")
     if device_type != "cuda" and args.graph:
@@ -162,11 +137,8 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
             )
     if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
-    for path in (args.json, args.csv, args.plot):
-        if path is not None:
-            _check_writable(path)
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot writes .png, .pdf or .svg, got {args.plot}")
+    check_writable(args.json, args.csv, args.plot)
+    check_plot(args.plot)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     if device_type == "cuda" and attached is not None and gpus < ranks.local_world_size():
         raise ValueError(

@@ -127,7 +127,7 @@ def _notes(rows: list[Row]) -> str:
 
 def write_json(rows: list[Row], path: Path) -> None:
     """Write rows as a list of objects, one a row."""
-    _write(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -137,10 +137,10 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    _write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace path at once, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=path.parent, delete=False) as file:

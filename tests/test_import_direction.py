@@ -20,11 +20,13 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "collectives", "reference", "plan_report"),
-    ("native",),
-    ("backends", "agreement", "regions"),
+    ("interpreter", "collectives", "reference", "plan_report", "machines"),
+    ("native", "presets", "cost_model", "plan_communication"),
+    ("backends", "agreement", "regions", "predict"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
+    ("sweep",),
+    ("plan_command",),
     ("transforms",),
     ("functional",),
     ("module",),

@@ -16,6 +16,11 @@
     forward   pre_act = x @ w1.T + b1;  hidden = act(pre_act);  y = all_reduce(hidden @ w2.T) + b2
     backward  d_pre = (dy @ w2) * act'(pre_act);  dx = all_reduce(d_pre @ w1)
               dw2 = dy.T @ hidden;  dw1 = d_pre.T @ x
+    sequence-parallel: tokens lie as [S, B, ...], and dim 0 of x, y, dy and dx is this rank's S/P; full_x, full_dy,
+              partial_y and partial_dx, and what is made from them, have all S
+              forward   full_x = all_gather(x), in place of x;  y = reduce_scatter(hidden @ w2.T) + b2
+              backward  full_dy = all_gather(dy), full_x = all_gather(x);  dx = reduce_scatter(d_pre @ w1)
+              x is kept for backward as the slice; db2 is the sum over this rank's tokens
     gated     d_gate = (dy @ w2) * up * f'(gate);  d_up = (dy @ w2) * f(gate);  d_pre holds both
 
 A GEMM of linear1 (x @ w1.T, dx, dw1) is 2·M·H·W FLOPs, one of linear2 2·M·H·F/P; element-wise work is not
@@ -27,13 +32,8 @@ it (with save="nothing" the recomputed linear1 does); b2 is read by rank 0, whic
 counted: operands read twice because a cache missed, the fp32 partial sums of db1 and db2, the collectives' own
 traffic.
 
-A ring all-reduce of N elements cuts them into P chunks, the first N mod P one element longer. Reduce-scatter
-and all-gather take P-1 rounds each. Rank r sends every chunk but r+1 in the first and every chunk but r+2 in
-the second (mod P): 2N - chunk[r+1] - chunk[r+2] elements; all ranks together send 2(P-1)·N.
-
-Units: bytes, FLOPs and elements, as exact integers; `sent_*` count elements.
-Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053) for the partitioning; Patarasuk and Yuan, "Bandwidth
-optimal all-reduce algorithms for clusters of workstations" (2009) for the ring.
+Communication: plan_communication.py. Units: bytes, FLOPs and elements, as exact integers; `sent_*` count elements.
+Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053) for the partitioning.
 """
 
 from __future__ import annotations
@@ -41,20 +41,12 @@ from __future__ import annotations
 from math import prod
 
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
-from tpffn_triton.plan_report import Collective, FFNPlan, Gemm, NoCommunication, Reduction, Tensor
+from tpffn_triton.plan_communication import collectives, no_communication, overlaps
+from tpffn_triton.plan_communication import ring_all_reduce as ring_all_reduce
+from tpffn_triton.plan_report import FFNPlan, Gemm, Reduction, Tensor
 from tpffn_triton.validation import SAVE_MODES, check_positive
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-def ring_all_reduce(elements: int, world_size: int) -> tuple[int, int, int]:
-    """Count a ring all-reduce: (most elements that any rank sends, elements sent by all, rounds)."""
-    if world_size == 1:
-        return 0, 0, 0
-    chunk, longer = divmod(elements, world_size)
-    # Only with a single shorter chunk is every pair of neighbouring chunks longer than 2·chunk.
-    left_out = 2 * chunk + (longer == world_size - 1)
-    return 2 * elements - left_out, 2 * (world_size - 1) * elements, 2 * (world_size - 1)
 
 
 def plan_ffn(
@@ -68,18 +60,23 @@ def plan_ffn(
     activation: str = "gelu",
     bias: bool = True,
     save: str = "pre_act",
+    sequence_parallel: bool = False,
 ) -> FFNPlan:
     """Plan y = act(x @ w1.T + b1) @ w2.T + b2 over `tp` ranks, column-parallel then row-parallel.
 
     Raises: TypeError: a size is not an int.
-            ValueError: a size below 1, ffn not divisible by tp, unknown dtype, activation or save
-            (the message shows the values).
+            ValueError: a size below 1, ffn not divisible by tp, with sequence_parallel seq not divisible by tp,
+            unknown dtype, activation or save (the message shows the values).
     """
     sizes = {"batch": batch, "seq": seq, "hidden": hidden, "ffn": ffn, "tp": tp}
     for name, size in sizes.items():
         check_positive(name, size)
     if ffn % tp:
         raise ValueError(f"ffn must be divisible by tp, got ffn={ffn}, tp={tp} (remainder {ffn % tp})")
+    if sequence_parallel and seq % tp:
+        raise ValueError(
+            f"sequence_parallel: seq must be divisible by tp, got seq={seq}, tp={tp} (remainder {seq % tp})"
+        )
     options = {
         "dtype": (dtype, (*DTYPE_BYTES,)),
         "activation": (activation, ACTIVATIONS),
@@ -90,7 +87,9 @@ def plan_ffn(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     gated = activation in GATED_ACTIVATIONS
-    tensors = _tensors(batch, seq, hidden, ffn // tp, tp, bias, gated, DTYPE_BYTES[dtype])
+    # One rank holds every token anyway.
+    sequence_parallel = sequence_parallel and tp > 1
+    tensors = _tensors(batch, seq, hidden, ffn // tp, tp, bias, gated, DTYPE_BYTES[dtype], sequence_parallel)
     return FFNPlan(
         **sizes,
         dtype=dtype,
@@ -98,57 +97,67 @@ def plan_ffn(
         bias=bias,
         save=save,
         partitioning="column->row",
+        sequence_parallel=sequence_parallel,
         tensors=tuple(tensors.values()),
-        gemms=_gemms(tensors, batch * seq, hidden, ffn // tp, save),
+        gemms=_gemms(tensors, batch * seq, hidden, ffn // tp, save, sequence_parallel),
         reductions=(
             (Reduction("db2", "backward", "column_sum", ("dy",), ("db2",), tensors["dy"].bytes + tensors["db2"].bytes),)
             if bias
             else ()
         ),
         saved_for_backward=("x", "pre_act") if save == "pre_act" else ("x",),
-        saved_by_eager=_saved_by_eager(activation),
-        collectives=(_all_reduce("forward", tensors["y"], tp), _all_reduce("backward", tensors["dx"], tp))
-        if tp > 1
-        else (),
-        no_communication=_no_communication(tp, gated),
+        saved_by_eager=_saved_by_eager("full_x" if sequence_parallel else "x", activation),
+        collectives=collectives(tensors, tp, sequence_parallel),
+        overlaps=overlaps(tp, sequence_parallel, save, bias),
+        no_communication=tuple(no_communication(tp, gated, sequence_parallel)),
     )
 
 
-def _saved_by_eager(activation: str) -> tuple[str, ...]:
+def _saved_by_eager(x: str, activation: str) -> tuple[str, ...]:
     if activation in GATED_ACTIVATIONS:
         # chunk's halves are views of pre_act: f keeps gate, the product keeps f(gate) and up, F.linear hidden.
-        return ("x", "pre_act", "gate_act", "hidden")
+        return (x, "pre_act", "gate_act", "hidden")
     # F.relu's backward reads its output, which the second F.linear keeps anyway.
-    return ("x", "hidden") if activation == "relu" else ("x", "pre_act", "hidden")
+    return (x, "hidden") if activation == "relu" else (x, "pre_act", "hidden")
 
 
-def _tensors(b: int, s: int, h: int, shard: int, tp: int, bias: bool, gated: bool, itemsize: int) -> dict[str, Tensor]:
+def _tensors(
+    b: int, s: int, h: int, shard: int, tp: int, bias: bool, gated: bool, itemsize: int, sequence_parallel: bool
+) -> dict[str, Tensor]:
     """Every tensor of the module docstring by name; `shard` is F/P, `width` W."""
     width = 2 * shard if gated else shard
     both = "this rank's gate, then up features"
     outputs, features = (both, both) if gated else ("this rank's output features", "this rank's features")
-    summed = "all-reduced" if tp > 1 else "complete"
+    tokens: tuple[int, ...] = (s, b) if sequence_parallel else (b, s)
+    own = (s // tp, b, h) if sequence_parallel else (b, s, h)
+    given = summed = "this rank's slice of dim 0"
+    if not sequence_parallel:
+        given, summed = "replicated", "all-reduced" if tp > 1 else "complete"
+    db2 = "sum over this rank's tokens" if sequence_parallel else "same on every rank"
     rows: list[tuple[str, tuple[int, ...], str]] = [
-        ("x", (b, s, h), "replicated"),
+        ("x", own, given),
+        ("full_x", (*tokens, h), "all-gathered"),
         ("w1", (width, h), f"{outputs}; paper layout {h} x {width}"),
         ("b1", (width,), outputs),
-        ("pre_act", (b, s, width), features),
-        ("gate_act", (b, s, shard), "stored by eager alone"),
-        ("hidden", (b, s, shard), "this rank's features"),
+        ("pre_act", (*tokens, width), features),
+        ("gate_act", (*tokens, shard), "stored by eager alone"),
+        ("hidden", (*tokens, shard), "this rank's features"),
         ("w2", (h, shard), f"this rank's input features; paper layout {shard} x {h}"),
         ("b2", (h,), "replicated, added once"),
-        ("partial_y", (b, s, h), "this rank's term of y"),
-        ("y", (b, s, h), summed),
-        ("dy", (b, s, h), "replicated"),
-        ("d_pre", (b, s, width), features),
-        ("partial_dx", (b, s, h), "this rank's term of dx"),
-        ("dx", (b, s, h), summed),
+        ("partial_y", (*tokens, h), "this rank's term of y"),
+        ("y", own, summed),
+        ("dy", own, given),
+        ("full_dy", (*tokens, h), "all-gathered"),
+        ("d_pre", (*tokens, width), features),
+        ("partial_dx", (*tokens, h), "this rank's term of dx"),
+        ("dx", own, summed),
         ("dw1", (width, h), "as w1"),
         ("db1", (width,), "as b1"),
         ("dw2", (h, shard), "as w2"),
-        ("db2", (h,), "same on every rank"),
+        ("db2", (h,), db2),
     ]
     absent = (() if bias else ("b1", "b2", "db1", "db2")) + (() if gated else ("gate_act",))
+    absent += () if sequence_parallel else ("full_x", "full_dy")
     return {
         name: Tensor(name, shape, prod(shape), prod(shape) * itemsize, layout)
         for name, shape, layout in rows
@@ -156,7 +165,9 @@ def _tensors(b: int, s: int, h: int, shard: int, tp: int, bias: bool, gated: boo
     }
 
 
-def _gemms(tensors: dict[str, Tensor], m: int, h: int, shard: int, save: str) -> tuple[Gemm, ...]:
+def _gemms(
+    tensors: dict[str, Tensor], m: int, h: int, shard: int, save: str, sequence_parallel: bool
+) -> tuple[Gemm, ...]:
     """The GEMMs in launch order, each with what its kernel reads and writes; `shard` is F/P."""
 
     def gemm(name: str, pass_: str, kernel: str, formula: str, mnk: tuple[int, int, int], io: str) -> Gemm:
@@ -167,41 +178,15 @@ def _gemms(tensors: dict[str, Tensor], m: int, h: int, shard: int, save: str) ->
     width, _ = tensors["w1"].shape
     to_width, to_shard = (m, width, h), (m, shard, h)
     kept = save == "pre_act"
-    stored, recomputed = ("hidden pre_act", "hidden ") if kept else ("hidden", "")
-    again = gemm("linear1_recompute", "backward", "linear_act", "x @ w1.T", to_width, "x w1 b1 -> pre_act hidden")
+    stored, made = ("hidden pre_act", "d_pre hidden db1") if kept else ("hidden", "d_pre db1")
+    x, dy = ("full_x", "full_dy") if sequence_parallel else ("x", "dy")
+    again = gemm("linear1_recompute", "backward", "linear_act", f"{x} @ w1.T", to_width, f"{x} w1 b1 -> pre_act hidden")
     return (
-        gemm("linear1", "forward", "linear_act", "x @ w1.T", to_width, f"x w1 b1 -> {stored}"),
+        gemm("linear1", "forward", "linear_act", f"{x} @ w1.T", to_width, f"{x} w1 b1 -> {stored}"),
         gemm("linear2", "forward", "linear", "hidden @ w2.T", (m, h, shard), "hidden w2 b2 -> partial_y"),
         *([] if kept else [again]),
-        gemm("d_hidden", "backward", "linear_dact", "dy @ w2", to_shard, f"dy w2 pre_act -> d_pre {recomputed}db1"),
+        gemm("d_hidden", "backward", "linear_dact", f"{dy} @ w2", to_shard, f"{dy} w2 pre_act -> {made}"),
         gemm("dx", "backward", "dgrad", "d_pre @ w1", (m, h, width), "d_pre w1 -> partial_dx"),
-        gemm("dw2", "backward", "wgrad", "dy.T @ hidden", (h, shard, m), "dy hidden -> dw2"),
-        gemm("dw1", "backward", "wgrad", "d_pre.T @ x", (width, h, m), "d_pre x -> dw1"),
+        gemm("dw2", "backward", "wgrad", f"{dy}.T @ hidden", (h, shard, m), f"{dy} hidden -> dw2"),
+        gemm("dw1", "backward", "wgrad", f"d_pre.T @ {x}", (width, h, m), f"d_pre {x} -> dw1"),
     )
-
-
-def _all_reduce(pass_: str, tensor: Tensor, tp: int) -> Collective:
-    most, total, rounds = ring_all_reduce(tensor.elements, tp)
-    itemsize = tensor.bytes // tensor.elements
-    return Collective(
-        pass_=pass_,
-        kind="all_reduce",
-        tensor=tensor.name,
-        elements=tensor.elements,
-        bytes=tensor.bytes,
-        sent_per_rank=most,
-        sent_total=total,
-        sent_total_bytes=total * itemsize,
-        rounds=rounds,
-        amplification=total / tensor.elements,
-    )
-
-
-def _no_communication(tp: int, gated: bool) -> tuple[NoCommunication, ...]:
-    if tp == 1:
-        steps = ((p, step) for p in ("forward", "backward") for step in ("linear1", "linear2"))
-        return tuple(NoCommunication(*step, "one rank holds every weight") for step in steps)
-    made = "gate and up features make" if gated else "output features are"
-    linear1 = f"x is replicated, and a rank's {made} the input features of its w2 shard"
-    linear2 = "dy is replicated; a rank's d_hidden needs only its w2 shard, its dw2 only its hidden"
-    return (NoCommunication("forward", "linear1", linear1), NoCommunication("backward", "linear2", linear2))

@@ -68,6 +68,15 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """The collective of `tensor` runs while the kernels named in `behind` do."""
+
+    pass_: str
+    tensor: str
+    behind: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class NoCommunication:
     """A step that a reader may expect to communicate, and why it does not."""
 
@@ -90,12 +99,14 @@ class FFNPlan:
     bias: bool
     save: str
     partitioning: str
+    sequence_parallel: bool
     tensors: tuple[Tensor, ...]
     gemms: tuple[Gemm, ...]
     reductions: tuple[Reduction, ...]
     saved_for_backward: tuple[str, ...]
     saved_by_eager: tuple[str, ...]
     collectives: tuple[Collective, ...]
+    overlaps: tuple[Overlap, ...]
     no_communication: tuple[NoCommunication, ...]
 
     @property
@@ -168,28 +179,30 @@ def render_text(plan: FFNPlan) -> str:
         "eager F.linear, activation, F.linear": plan.saved_by_eager,
     }
     saved_rows = [(who, ", ".join(names), *_size(plan.bytes_of(names))) for who, names in saved.items()]
+    sequence = ", activations sequence-parallel" if plan.sequence_parallel else ""
+    behind = [f"  {o.pass_} {o.tensor}: behind {', '.join(o.behind)}" for o in plan.overlaps]
     none = [f"  {n.pass_} {n.step}: none; {n.why}" for n in plan.no_communication]
     lines = [
-        "Tensor-parallel FFN: Linear1 column-parallel, Linear2 row-parallel",
+        f"Tensor-parallel FFN: Linear1 column-parallel, Linear2 row-parallel{sequence}",
         f"batch B={plan.batch}  seq S={plan.seq}  hidden_size H={plan.hidden}  ffn_hidden_size F={plan.ffn}  "
         f"tp P={plan.tp}",
         f"tokens M=B*S={tokens}  F/P={shard}  dtype {plan.dtype}  activation {plan.activation}  "
         f"bias {'yes' if plan.bias else 'no'}  save {plan.save}",
         *("", "Tensors of one rank (weights in nn.Linear layout)"),
-        *_table(("tensor", "shape", ">elements", ">bytes", ">", "over the group"), tensor_rows),
+        *align(("tensor", "shape", ">elements", ">bytes", ">", "over the group"), tensor_rows),
         f"  parameters: {_exact_size(totals['parameter_bytes'])} on each rank",
         *("", "GEMMs of one rank, in launch order"),
-        *_table(("gemm", "pass", "product", "M, N, K", ">FLOPs", ">"), gemm_rows),
+        *align(("gemm", "pass", "product", "M, N, K", ">FLOPs", ">"), gemm_rows),
         *("", "HBM traffic of one rank: each operand read once, each output written once"),
-        *_table(("kernel", "for", "reads -> writes", ">bytes", ">"), hbm_rows),
+        *align(("kernel", "for", "reads -> writes", ">bytes", ">"), hbm_rows),
         *("", "Totals"),
-        *_table(
+        *align(
             ("pass", ">FLOPs, one rank", ">", ">all ranks", ">HBM bytes, one rank", ">", ">FLOPs per byte"),
             total_rows,
         ),
         *("", "Activations kept for backward on each rank"),
-        *_table(("", "tensors", ">bytes", ">"), saved_rows),
-        *("", "Communication", *(line for c in plan.collectives for line in _collective(c, plan.tp)), *none),
+        *align(("", "tensors", ">bytes", ">"), saved_rows),
+        *("", "Communication", *(line for c in plan.collectives for line in _collective(c, plan.tp)), *behind, *none),
     ]
     return "\n".join(lines)
 
@@ -230,7 +243,7 @@ def _exact_size(count: int) -> str:
     return f"{count} bytes" + (f" ({human_bytes(count)})" if count >= 1024 else "")
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def align(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Align columns over two spaces; a header that starts with ">" makes its column right-aligned."""
     right = [h.startswith(">") for h in headers]
     cells = [[h.removeprefix(">") for h in headers], *([str(cell) for cell in row] for row in rows)]

@@ -1,0 +1,45 @@
+"""What the benchmarks' command lines share."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """Wrong arguments end in one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks one speaks
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+
+
+def names(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Return the comma-separated names. Raises: ValueError: one that is not known."""
+    found = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    for name in found:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
+    return found
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Make the paths' folders now: better to fail before the measurement than after it. Raises: ValueError."""
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"cannot write {path}: {'a directory' if path.is_dir() else 'no permission'}")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises: ValueError: a suffix that matplotlib is not asked for here."""
+    if path is not None and path.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot writes {', '.join(PLOT_SUFFIXES[:-1])} or {PLOT_SUFFIXES[-1]}, got {path}")

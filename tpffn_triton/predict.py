@@ -1,0 +1,209 @@
+"""Predict a plan's time on a machine: the roofline of each kernel, each collective by its best algorithm.
+
+    pass     = Σ kernels + Σ exposed
+    exposed  = collective - overlap · min(collective, Σ kernels that it runs behind)     (the plan's `overlaps`)
+             = pipeline of c row chunks - Linear2's GEMMs                                 (forward all-reduce, c > 1)
+
+Formulas and what they leave out: cost_model.py. Times are µs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tpffn_triton.cost_model import (
+    LIBRARY_ALGORITHMS,
+    Choice,
+    choices,
+    chunked_us,
+    forward_chunks,
+    kernel_us,
+    nodes_needed,
+)
+from tpffn_triton.machines import Compute, Machine
+from tpffn_triton.plan_report import Collective, FFNPlan, Gemm, Reduction, align, human_bytes
+
+PASSES = ("forward", "backward")
+LIBRARY_NOTE = "one-shot, two-shot, direct: by symmetric memory; a process group runs ring or tree (--algorithm)."
+# Messages of the table of algorithms.
+SIZES = tuple(1 << power for power in range(14, 29, 2))
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel; `bound` says whether arithmetic or memory decides its time."""
+
+    name: str
+    pass_: str
+    us: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class CollectiveTime:
+    """One collective by its best algorithm, and how much of it is not hidden."""
+
+    pass_: str
+    kind: str
+    tensor: str
+    algorithm: str
+    us: float
+    exposed_us: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted times of one layer on one machine."""
+
+    machine: str
+    nodes: int
+    forward_chunks: int
+    kernels: tuple[KernelTime, ...]
+    collectives: tuple[CollectiveTime, ...]
+
+    def kernels_us(self, pass_: str) -> float:
+        return sum(k.us for k in self.kernels if k.pass_ == pass_)
+
+    def communication_us(self, pass_: str) -> float:
+        return sum(c.us for c in self.collectives if c.pass_ == pass_)
+
+    def exposed_us(self, pass_: str) -> float:
+        return sum(c.exposed_us for c in self.collectives if c.pass_ == pass_)
+
+    def pass_us(self, pass_: str) -> float:
+        return self.kernels_us(pass_) + self.exposed_us(pass_)
+
+    @property
+    def total_us(self) -> float:
+        return sum(map(self.pass_us, PASSES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: the records, and under `totals` what they sum up to, by pass."""
+        record = asdict(self, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items})
+        totals = {
+            pass_: {
+                "kernels_us": self.kernels_us(pass_),
+                "communication_us": self.communication_us(pass_),
+                "exposed_us": self.exposed_us(pass_),
+                "us": self.pass_us(pass_),
+            }
+            for pass_ in PASSES
+        }
+        lists = {name: list(record[name]) for name in ("kernels", "collectives")}
+        return {**record, **lists, "totals": {**totals, "us": self.total_us}}
+
+
+def predict(
+    plan: FFNPlan,
+    machine: Machine,
+    *,
+    nodes: int = 1,
+    chunks: int | None = 1,
+    algorithms: tuple[str, ...] | None = None,
+) -> Prediction:
+    """Predict the plan's forward and backward on `nodes` nodes of a machine.
+
+    chunks       row chunks of Linear2 (without sequence parallelism); None: as forward_chunks chooses
+    algorithms   the collectives' algorithms to choose from; None: all
+
+    Raises: ValueError: more ranks than the nodes have, and as cost_model.collective_us and kernel_us.
+    """
+    room = nodes * machine.ranks_per_node
+    if plan.tp > room:
+        raise ValueError(f"tp={plan.tp} exceeds {room} ranks: nodes={nodes}, ranks_per_node={machine.ranks_per_node}")
+    if chunks is None:
+        shape = (plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
+        chunks = 1 if plan.sequence_parallel else forward_chunks(machine, *shape, algorithms=algorithms)
+    if chunks < 1 or chunks > plan.batch * plan.seq:
+        raise ValueError(f"forward chunks must be from 1 to the {plan.batch * plan.seq} tokens, got {chunks}")
+    if chunks > 1 and plan.sequence_parallel:
+        raise ValueError(f"forward chunks are for an all-reduce: not with sequence parallelism, got {chunks}")
+    compute = machine.compute(plan.tp)
+    kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
+    own_us = {kernel.name: kernel.us for kernel in kernels}
+    behind = {(o.pass_, o.tensor): sum(own_us[name] for name in o.behind) for o in plan.overlaps}
+
+    def fastest(collective: Collective, parts: int = 1) -> Choice:
+        return choices(machine, collective.kind, collective.bytes / parts, plan.tp, algorithms)[0]
+
+    times = []
+    for c in plan.collectives:
+        best = fastest(c)
+        us = best.us
+        exposed = us - compute.overlap * min(us, behind.get((c.pass_, c.tensor), 0.0))
+        if c.pass_ == "forward" and chunks > 1:
+            linear2 = next(k for k in plan.gemms if k.name == "linear2")
+            # Every chunk reads all of w2.
+            weight_bytes = sum(t.bytes for t in plan.tensors if t.name == "w2")
+            chunk_bytes = (linear2.hbm_bytes - weight_bytes) / chunks + weight_bytes
+            gemm_us = kernel_us(compute, plan.dtype, linear2.flops / chunks, chunk_bytes)
+            best = fastest(c, chunks)
+            us = chunks * best.us
+            # The kernels' own sum has Linear2 in one piece.
+            exposed = chunked_us(gemm_us, best.us, chunks, compute.overlap) - own_us["linear2"]
+        times.append(CollectiveTime(c.pass_, c.kind, c.tensor, best.algorithm, us, exposed))
+    return Prediction(machine.name, nodes_needed(machine, plan.tp), chunks, tuple(kernels), tuple(times))
+
+
+def _kernel_time(kernel: Gemm | Reduction, dtype: str, compute: Compute) -> KernelTime:
+    flops = kernel.flops if isinstance(kernel, Gemm) else 0
+    us = kernel_us(compute, dtype, flops, kernel.hbm_bytes)
+    memory_us = kernel_us(compute, dtype, 0, kernel.hbm_bytes)
+    return KernelTime(kernel.name, kernel.pass_, us, "arithmetic" if us > memory_us else "memory")
+
+
+def named(c: CollectiveTime, nodes: int) -> str:
+    """Say by which algorithm; over several nodes it is the one between them."""
+    return c.algorithm if nodes == 1 else f"{c.algorithm} between nodes"
+
+
+def _of(c: CollectiveTime) -> str:
+    return f"{c.kind.replace('_', '-')} of {c.tensor}"
+
+
+def render_text(prediction: Prediction, plan: FFNPlan, machine: Machine) -> str:
+    """Lay the prediction out as aligned tables, with the algorithms' times by message size."""
+    kernels = [(k.name, k.pass_, f"{k.us:.1f}", k.bound) for k in prediction.kernels]
+    collectives = [
+        (_of(c), c.pass_, named(c, prediction.nodes), f"{c.us:.1f}", f"{c.exposed_us:.1f}")
+        for c in prediction.collectives
+    ]
+    totals = [
+        (
+            pass_,
+            f"{prediction.kernels_us(pass_):.1f}",
+            f"{prediction.communication_us(pass_):.1f}",
+            f"{prediction.exposed_us(pass_):.1f}",
+            f"{prediction.pass_us(pass_):.1f}",
+        )
+        for pass_ in PASSES
+    ]
+    spread = f" on {prediction.nodes} nodes" if prediction.nodes > 1 else ""
+    chunks = f", Linear2 in {prediction.forward_chunks} row chunks" if prediction.forward_chunks > 1 else ""
+    lines = [
+        f"Predicted for {prediction.machine}{spread}{chunks} (a model, not a measurement)",
+        *align(("kernel", "pass", ">us", "bound by"), kernels),
+    ]
+    if collectives:
+        lines += ["", *align(("collective", "pass", "algorithm", ">us", ">exposed us"), collectives)]
+    lines += ["", *align(("pass", ">kernels us", ">communication us", ">exposed us", ">all us"), totals)]
+    for kind in dict.fromkeys(c.kind for c in plan.collectives):
+        lines += ["", f"{kind.replace('_', '-')} over {plan.tp} ranks by message size, us; * is the fastest"]
+        lines += _by_size(machine, kind, plan.tp)
+    if any(c.algorithm not in LIBRARY_ALGORITHMS for c in prediction.collectives):
+        lines += ["", LIBRARY_NOTE]
+    return "\n".join(lines)
+
+
+def _by_size(machine: Machine, kind: str, world_size: int) -> list[str]:
+    columns = [choices(machine, kind, size, world_size) for size in SIZES]
+    names = sorted(choice.algorithm for choice in columns[0])
+    rows = []
+    for name in names:
+        cells = []
+        for column in columns:
+            us = next(choice.us for choice in column if choice.algorithm == name)
+            cells.append(f"{us:.1f}{'*' if column[0].algorithm == name else ' '}")
+        rows.append((name, *cells))
+    return align(("algorithm", *(f">{human_bytes(size)} " for size in SIZES)), rows)
