@@ -239,4 +239,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Outside of main, whose model holds the groups: gloo's threads end with their group, and one that outlives the
+    # interpreter may abort the process.
     dist.destroy_process_group()
