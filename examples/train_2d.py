@@ -182,29 +182,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-parallel", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--data-parallel", choices=["ddp", "fsdp2"], default="ddp", help="(default ddp)")
     parser.add_argument("--tp", type=int, default=1, metavar="P", help="ranks per tensor-parallel group (default 1)")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="(default 200)")
     parser.add_argument("--batch", type=int, default=512, help="tokens in a global batch, over all of dp (default 512)")
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--ffn", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=64, metavar="H", help="features of a token (default 64)")
+    parser.add_argument("--ffn", type=int, default=256, metavar="F", help="features inside an FFN (default 256)")
+    parser.add_argument("--layers", type=int, default=2, help="(default 2)")
     parser.add_argument("--activation", default="gelu", help="see tpffn_triton.ffn (default gelu)")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16; weights and optimizer stay fp32")
-    parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--lr", type=float, default=1.0, help="of SGD with momentum 0.9 (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
+    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and ranks there")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the full weights there, for torch.load")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it with torchrun: the docstring above has the commands (--help shows it)")
-    for name in ("tp", "steps", "batch", "layers", "log_every"):
+    for name in ("tp", "steps", "batch", "hidden", "ffn", "layers", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % args.tp:
         parser.error(f"--tp {args.tp} does not divide the {world_size} processes")
+    if args.ffn % args.tp:
+        parser.error(f"--tp {args.tp} does not divide --ffn {args.ffn}")
     if args.batch % (world_size // args.tp):
         parser.error(f"--batch {args.batch} is not divisible by the {world_size // args.tp} data-parallel replicas")
     return args

@@ -123,6 +123,7 @@ def test_a_tp_group_across_nodes_is_warned_about():
     ("flags", "world_size", "message"),
     [
         ("--tp 3", "4", "--tp 3 does not divide the 4 processes"),
+        ("--tp 4 --ffn 6", "4", "--tp 4 does not divide --ffn 6"),
         ("--tp 0", "4", "--tp must be at least 1, got 0"),
         ("--tp 2 --batch 7", "4", "--batch 7 is not divisible by the 2 data-parallel replicas"),
         ("", None, "start it with torchrun"),

@@ -166,7 +166,8 @@ class TensorParallelFFN(nn.Module):
         w1, b1 = self.linear_fc1()
         w2, b2 = self.linear_fc2()
         # FSDP2 changes the class of what it shards.
-        if {type(self.linear_fc1), type(self.linear_fc2)} != {LinearShard} and not torch.compiler.is_compiling():
+        sharded = not (type(self.linear_fc1) is type(self.linear_fc2) is LinearShard)
+        if sharded and not torch.compiler.is_compiling():
             check_memory(w1, w2)
         return ffn(
             x,
