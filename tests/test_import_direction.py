@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts")
+FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts", "examples")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
@@ -122,13 +122,13 @@ def test_the_package_imports_from_lower_layers_only() -> None:
 
 
 def test_the_package_imports_no_tests_and_no_benchmarks() -> None:
-    beside = {path.stem for folder in ("tests", "bench", "scripts") for path in sources(folder)}
+    beside = {path.stem for folder in ("tests", "bench", "scripts", "examples") for path in sources(folder)}
     wrong = [
         show(path, f"imports {module}")
         for folder in ("kernels", "tpffn_triton")
         for path in sources(folder)
         for level, module, _ in imports(path)
-        if level == 0 and module.split(".")[0] in {"tests", "bench", "scripts"} | beside
+        if level == 0 and module.split(".")[0] in {"tests", "bench", "scripts", "examples"} | beside
     ]
     assert not wrong
 

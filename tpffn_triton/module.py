@@ -17,7 +17,7 @@ from tpffn_triton.collectives import resolve_group
 from tpffn_triton.functional import ffn
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.sharding import shard_ffn
-from tpffn_triton.validation import check_activation, check_modes, check_sizes
+from tpffn_triton.validation import check_activation, check_memory, check_modes, check_sizes
 
 
 class LinearShard(nn.Module):
@@ -57,6 +57,8 @@ class TensorParallelFFN(nn.Module):
 
     Initialised as nn.Linear(H, F) (gated: 2F) and nn.Linear(F, H) created in this order would be: each rank draws the
     full tensors and keeps its part, so the same seed on every rank gives the same full weights at every P.
+
+    Under FSDP shard this module or one around it: linear_fc1 and linear_fc2 only hand out their weights.
 
     Raises: TypeError, ValueError: sizes, activation, save or group that do not fit (the message shows them).
     """
@@ -182,6 +184,10 @@ class TensorParallelFFN(nn.Module):
         """Return y [..., H] of x [..., H]; see `tpffn_triton.ffn`."""
         w1, b1 = self.linear_fc1()
         w2, b2 = self.linear_fc2()
+        # FSDP2 changes the class of what it shards.
+        sharded = not (type(self.linear_fc1) is type(self.linear_fc2) is LinearShard)
+        if sharded and not torch.compiler.is_compiling():
+            check_memory(w1, w2)
         return ffn(
             x,
             w1,

@@ -130,6 +130,19 @@ def _reject_mixture(given: dict[str, Tensor | None]) -> None:
     )
 
 
+def check_memory(w1: Tensor, w2: Tensor) -> None:
+    """Check that the weights a wrapper of linear_fc1 and linear_fc2 lets through still have memory.
+
+    Raises: ValueError: FSDP, applied to one of the two alone, has freed its weight again.
+    """
+    for name, weight in (("linear_fc1", w1), ("linear_fc2", w2)):
+        if weight.numel() and not weight.untyped_storage().size():
+            raise ValueError(
+                f"the memory of {name}.weight {list(weight.shape)} was freed before its use: apply FSDP to the "
+                f"TensorParallelFFN or to a module around it, or to {name} with reshard_after_forward=False"
+            )
+
+
 def check_main_grads(w1: Tensor, w2: Tensor) -> None:
     """Check what gradient_accumulation_fusion adds weight gradients to: a contiguous fp32 `main_grad` of each weight
     that needs a gradient, of its shape and on its device.
