@@ -1,6 +1,7 @@
 """Mistakes in what ranks exchange, for mutants.py to make: file → (name, text, replacement, tests that must notice)."""
 
 SLICES = "test_sequence_parallel.py -k 'slices_equal and 2- and float32-native and relu-'"
+REGIONS = "test_sequence_parallel.py -k gradients_of_regions"
 BLOCK = "test_sequence_parallel.py -k block_between"
 SUMMED = "test_sequence_parallel.py -k summed_once"
 MARK = "test_sequence_parallel.py -k megatrons_mark"
@@ -84,13 +85,13 @@ MUTANTS = {
             "gradient of a gather not summed",
             "own = reduce_scatter(dy.contiguous(), ctx.group) if ctx.reduce_grad else _slice_of(dy, ctx.group)",
             "own = _slice_of(dy, ctx.group)",
-            SLICES,
+            REGIONS,
         ),
         (
             "gradient of a replicated output summed",
             "own = reduce_scatter(dy.contiguous(), ctx.group) if ctx.reduce_grad else _slice_of(dy, ctx.group)",
             "own = reduce_scatter(dy.contiguous(), ctx.group)",
-            BLOCK,
+            REGIONS,
         ),
         ("slice of rank 0 everywhere", "[group.rank()].clone", "[0].clone", BLOCK),
     ],

@@ -10,6 +10,7 @@ from rank_pool import use
 
 import tpffn_triton as tp
 from tpffn_triton import passes
+from tpffn_triton.machines import AlphaBeta, Compute, Link, Machine
 
 pytestmark = pytest.mark.cpu_only
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
@@ -126,6 +127,44 @@ def test_a_chunk_is_in_flight_behind_the_next_ones_gemm(ranks_of):
         assert events == ["linear_act", "linear_into", "start", "wait"]
     for events, _ in ranks_of(2).run(order_of_forward, 700, 1):
         assert events == ["linear_act", "linear", "start", "wait"]
+
+
+def chosen_by_the_cost_model(rank, world_size):
+    """As many chunks as the model says, in fp32 and with twice the bytes; nothing of it where it cannot apply."""
+    use("native")
+    problem = draw((2048,), 32, 48, dtype=torch.bfloat16)
+    leaves = problem.x, *shards_in_order(problem, rank, world_size)
+    slow_link, fast_link = (
+        Machine(
+            "by hand",
+            (Compute((("bf16", 1e-4),), 1.0, 0.0, 1.0, "by hand"),),
+            Link("link", (AlphaBeta("ring", 0.0, alpha_us, gb_per_s, "by hand"),)),
+            None,
+            2,
+        )
+        for alpha_us, gb_per_s in ((0.0, 2.0), (1e6, 1e3))
+    )
+    counts = []
+    for machine, options in ((slow_link, {}), (slow_link, {"reduce_dtype": torch.float32}), (fast_link, {})):
+        with CountCollectives() as collectives:
+            tp.ffn(*leaves, tp_group=dist.group.WORLD, forward_chunks=machine, **options)
+        counts.append(collectives.get_total_counts())
+    assert torch.equal(tp.ffn(*leaves, forward_chunks=slow_link), tp.ffn(*leaves))
+    tp.ffn(*(t.double() for t in leaves), tp_group=dist.group.WORLD, forward_chunks=slow_link)
+    with pytest.raises(ValueError, match=r"forward_chunks=Machine.* cuts an all-reduce"):
+        tp.ffn(*leaves, tp_group=dist.group.WORLD, forward_chunks=slow_link, sequence_parallel=True)
+    is_compiling, torch.compiler.is_compiling = torch.compiler.is_compiling, lambda: True
+    try:
+        with pytest.raises(ValueError, match=r"forward_chunks must be a number under torch\.compile"):
+            tp.ffn(*leaves, tp_group=dist.group.WORLD, forward_chunks=slow_link)
+    finally:
+        torch.compiler.is_compiling = is_compiling
+    return counts
+
+
+def test_the_cost_model_chooses_the_chunks(ranks_of):
+    for counts in ranks_of(2).run(chosen_by_the_cost_model):
+        assert counts == [8, 8, 1]
 
 
 def under_pytorch(rank, world_size, options):

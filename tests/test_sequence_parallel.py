@@ -178,6 +178,33 @@ def test_block_between_scatter_and_gather(ranks_of):
     ranks_of(4).run(block_between_regions)
 
 
+def gradients_of_regions(rank, world_size):
+    """Each region's backward is the other direction's collective, also of gradients that are not contiguous."""
+    group = dist.group.WORLD
+    whole = torch.arange(24.0).view(4, 6)
+    total = sum(range(1, world_size + 1))
+    own = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    mine = (whole * (rank + 1)).t().contiguous().t()
+    everyone = torch.cat([part * (r + 1) for r, part in enumerate(whole.chunk(world_size))])
+    part = (whole[own] * (rank + 1)).t().contiguous().t()
+    for region, x, dy, y, dx in (
+        (regions.gather_from_sp_region, part, mine, everyone, (whole * total)[own]),
+        (lambda t, g: regions.gather_from_sp_region(t, g, reduce_grad=False), part, mine, everyone, mine[own]),
+        (regions.reduce_scatter_to_sp_region, mine, part, (whole * total)[own], everyone),
+        (regions.scatter_to_sp_region, mine, part, mine[own], everyone),
+    ):
+        leaf = x.clone().requires_grad_()
+        out = region(leaf, group)
+        out.backward(dy)
+        assert torch.equal(out, y)
+        assert torch.equal(leaf.grad, dx)
+        assert region(x, None) is x
+
+
+def test_gradients_of_regions(ranks_of):
+    ranks_of(2).run(gradients_of_regions)
+
+
 def reduced_gradients(rank, world_size):
     use("native")
     group = dist.group.WORLD

@@ -9,8 +9,9 @@ sharding, reference, plan    cut weights, compare with eager, count shapes and c
 
 from tpffn_triton.backends import backend
 from tpffn_triton.functional import ffn
+from tpffn_triton.machines import Machine
 from tpffn_triton.module import TensorParallelFFN
 from tpffn_triton.replicated_grads import reduce_replicated_grads
 
 __version__ = "0.1.0"
-__all__ = ["TensorParallelFFN", "backend", "ffn", "reduce_replicated_grads"]
+__all__ = ["Machine", "TensorParallelFFN", "backend", "ffn", "reduce_replicated_grads"]

@@ -10,9 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpffn_triton.agreement import LayerKind, agree, reject
 from tpffn_triton.collectives import resolve_group
+from tpffn_triton.cost_model import forward_chunks as best_chunks
+from tpffn_triton.kernels._configs import arithmetic_of
+from tpffn_triton.machines import Machine
 from tpffn_triton.passes import Call, backward, forward, prepare_backward
 from tpffn_triton.transforms import TransformableFFN, transforming
 from tpffn_triton.validation import check_dtypes, check_main_grads, check_modes, check_shapes
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def ffn(
@@ -28,7 +33,7 @@ def ffn(
     save: str = "pre_act",
     gradient_accumulation_fusion: bool = False,
     reduce_dtype: torch.dtype | None = None,
-    forward_chunks: int = 1,
+    forward_chunks: int | Machine = 1,
 ) -> Tensor:
     """Return act(x @ w1.T + b1) @ w2.T + b2 of the full weights, of which this rank holds shards.
 
@@ -47,8 +52,9 @@ def ffn(
                  gradient of zeros, so that hooks on it fire (Megatron-LM's convention)
     reduce_dtype in which the ranks' partial sums of y and dx are stored, sent and added: None (as computed) or fp32
     forward_chunks
-                 Linear2 in so many row chunks at most, y's all-reduce of each behind the GEMM of the next. Chunks are
-                 added in another order than the whole, so bits differ; with torch.func transforms always 1
+                 Linear2 in so many row chunks at most, y's all-reduce of each behind the GEMM of the next; or, by the
+                 cost model, as many as take the least time on a Machine. Chunks are added in another order than the
+                 whole, so bits differ; with torch.func transforms always 1
 
     One dtype for all tensors; under torch.autocast each is cast to autocast's, y has it, and each gradient has its
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
@@ -70,13 +76,13 @@ def ffn(
             need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
             need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
         if comparing is not None:
-            options = activation, sequence_parallel, reduce_dtype, forward_chunks
+            options = activation, sequence_parallel, reduce_dtype
             exchanged = [name for name, needed in (("dx", need_d_pre and x.requires_grad),) if needed]
             if sequence_parallel:
                 exchanged += ["dy"] * (need_d_pre or need_w2)
                 recompute = save == "nothing" and (need_d_pre or need_w2)
                 exchanged += ["x"] * ((need_d_pre and w1.requires_grad) or recompute)
-            kind = LayerKind(w1.shape, (dtype, x.device.type, b2 is None, *options, *exchanged))
+            kind = LayerKind(w1.shape, (dtype, x.device.type, b2 is None, *options, forward_chunks, *exchanged))
         check_shapes(x, w1, w2, b1, b2, activation)
         if sequence_parallel and x.dim() < 2:
             raise ValueError(
@@ -84,13 +90,16 @@ def ffn(
             )
         if gradient_accumulation_fusion and torch.is_grad_enabled():
             check_main_grads(w1, w2)
+        chunks: Any = forward_chunks
+        if isinstance(forward_chunks, Machine):
+            chunks = _best_chunks(forward_chunks, x, w2, group, dtype, reduce_dtype)
     except (TypeError, ValueError) as error:
         if comparing is not None:
             device = getattr(x, "device", torch.device("cpu"))
             reject(comparing, device, kind or getattr(w1, "shape", None), error)
         raise
     if comparing is not None:
-        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, options, exchanged))
+        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, options, chunks, exchanged))
     keep = "nothing"
     # A transform hides which gradients are wanted.
     if save == "pre_act" and (need_d_pre or need_w2) and not transforming():
@@ -103,7 +112,7 @@ def ffn(
         dtype,
         reduce_dtype if reduce_dtype is not None and group is not None and dtype.itemsize < 4 else dtype,
         sequence_parallel and group is not None,
-        1 if transforming() else forward_chunks,
+        1 if transforming() else chunks,
         gradient_accumulation_fusion,
     )
     inputs = x, w1, w2, b1, b2, call
@@ -112,14 +121,32 @@ def ffn(
     return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
 
 
+def _best_chunks(
+    machine: Machine,
+    x: Tensor,
+    w2: Tensor,
+    group: "dist.ProcessGroup | None",
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype | None,
+) -> int:
+    if torch.compiler.is_compiling():
+        raise ValueError("forward_chunks must be a number under torch.compile: the cost model would choose for one M")
+    if group is None or dtype == torch.float64:
+        return 1
+    name = "tf32" if x.is_cuda and arithmetic_of(dtype) == "tf32" else DTYPE_NAMES[dtype]
+    hidden, features = w2.shape
+    reduced_itemsize = (reduce_dtype or dtype).itemsize
+    return best_chunks(machine, x.numel() // max(hidden, 1), hidden, features, group.size(), name, reduced_itemsize)
+
+
 def _description(
-    x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, options: tuple, exchanged: list[str]
+    x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, options: tuple, chunks: int, exchanged: list[str]
 ) -> str:
-    activation, sequence_parallel, reduce_dtype, forward_chunks = options
+    activation, sequence_parallel, reduce_dtype = options
     tensors = f"x {list(x.shape)} and w1 {list(w1.shape)} in {dtype} on {x.device.type}"
     return (
         f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, sequence_parallel={sequence_parallel}, "
-        f"reduce_dtype={reduce_dtype}, forward_chunks={forward_chunks}, "
+        f"reduce_dtype={reduce_dtype}, forward_chunks={chunks}, "
         f"backward exchanges {', '.join(exchanged) or 'nothing'}"
     )
 

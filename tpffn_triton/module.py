@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.functional import ffn
 from tpffn_triton.kernels.activations import halves
+from tpffn_triton.machines import Machine
 from tpffn_triton.sharding import shard_ffn
 from tpffn_triton.validation import check_activation, check_memory, check_modes, check_sizes
 
@@ -75,7 +76,7 @@ class TensorParallelFFN(nn.Module):
         save: str = "pre_act",
         gradient_accumulation_fusion: bool = False,
         reduce_dtype: torch.dtype | None = None,
-        forward_chunks: int = 1,
+        forward_chunks: int | Machine = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,7 +136,7 @@ class TensorParallelFFN(nn.Module):
         save: str = "pre_act",
         gradient_accumulation_fusion: bool = False,
         reduce_dtype: torch.dtype | None = None,
-        forward_chunks: int = 1,
+        forward_chunks: int | Machine = 1,
     ) -> "TensorParallelFFN":
         """Build this rank's module from the full linears: copies of their values, their dtype, device, training mode
         and requires_grad. The two must agree on whether there is a bias. Gated: fc1 has 2F outputs, gate before up.

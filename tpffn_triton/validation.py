@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tpffn_triton.kernels._launch import SUPPORTED_DTYPES
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.machines import Machine
 
 SAVE_MODES = ("pre_act", "nothing")
 # fp64 is for the native CPU path: the Triton launchers refuse it.
@@ -18,17 +19,18 @@ def check_activation(activation: str) -> None:
 
 
 def check_modes(
-    activation: str, save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int
+    activation: str, save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int | Machine
 ) -> None:
-    """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or more than one beside
-    sequence_parallel. TypeError: chunks are no int."""
+    """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or other than 1 beside
+    sequence_parallel. TypeError: chunks are no int and no Machine."""
     check_activation(activation)
     if save not in SAVE_MODES:
         raise ValueError(f"save {save!r} is not one of {', '.join(SAVE_MODES)}")
     if reduce_dtype not in (None, torch.float32):
         raise ValueError(f"reduce_dtype {reduce_dtype} is not one of None, torch.float32")
-    check_positive("forward_chunks", forward_chunks)
-    if sequence_parallel and forward_chunks > 1:
+    if not isinstance(forward_chunks, Machine):
+        check_positive("forward_chunks", forward_chunks)
+    if sequence_parallel and forward_chunks != 1:
         raise ValueError(
             f"forward_chunks={forward_chunks} cuts an all-reduce; sequence_parallel has a reduce-scatter, whose parts "
             "are not rows of one chunk"
