@@ -6,8 +6,10 @@ Used with one process and with P: every rank draws the same full tensors from th
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from acceptance import assert_accurate
+from rank_pool import use
 from torch import Tensor
 
 import tpffn_triton as tp
@@ -112,6 +114,26 @@ def assert_all_accurate(mine: tuple, eagers: tuple, exacts: tuple) -> None:
         if exact_ is not None:
             # The interpreter adds the rows of a tile one after the other, a GPU pairwise.
             assert_accurate(name, ours_, eager_, exact_, noise=2 * exact_.abs() if name == "db1" else None)
+
+
+def matches_reference(
+    rank, world_size, implementation, activation, dtype, options, shape=((3, 20), 64, 96), device="cpu"
+) -> None:
+    """Apply the acceptance rules on a rank of rank_pool.py; "cuda" is each rank's own GPU. Bits are the same from run
+    to run, and those of what is replicated on all ranks."""
+    use(implementation)
+    slices = options.get("sequence_parallel", False)
+    if device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"
+    problem = draw(*shape, activation=activation, dtype=dtype, device=device)
+    place = rank, world_size, dist.group.WORLD
+    mine, again = (ours(problem, *place, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "bits differ from run to run"
+    for t in () if slices else (mine[0], mine[1], mine[5]):
+        everywhere = [None] * world_size
+        dist.all_gather_object(everywhere, t.cpu())
+        assert all(torch.equal(t.cpu(), other) for other in everywhere)
+    assert_all_accurate(mine, eager(problem, *place, slices), exact(problem, rank, world_size, slices))
 
 
 def tokens(problem: Problem, rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
+from ffn_cases import assert_all_accurate, draw, eager, exact, matches_reference, ours, shards
 from launches import CountCollectives, RecordOperators, count_launches
 from rank_pool import Ranks, use
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,30 +20,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORLD_SIZES = [2, 4]
 
 
-def rank_device():
-    """Return this rank's device: its own GPU under NCCL, the CPU under gloo."""
-    return f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
-
-
-def check_equal_on_all_ranks(rank, world_size, *tensors):
-    """Assert that replicated results have the same bits everywhere."""
-    for t in tensors:
-        everywhere = [torch.empty_like(t) for _ in range(world_size)]
-        dist.all_gather(everywhere, t.contiguous())
-        assert all(torch.equal(t, other) for other in everywhere)
-
-
-def matches_reference(rank, world_size, implementation, activation, dtype, options, shape=((3, 20), 64, 96)):
-    use(implementation)
-    problem = draw(*shape, activation=activation, dtype=dtype, device=rank_device())
-    group = dist.group.WORLD
-    mine = ours(problem, rank, world_size, group, **options)
-    again = ours(problem, rank, world_size, group, **options)
-    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "bits differ from run to run"
-    check_equal_on_all_ranks(rank, world_size, mine[0], mine[1], mine[5])
-    assert_all_accurate(mine, eager(problem, rank, world_size, group), exact(problem, rank, world_size))
-
-
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("implementation", ["triton", "native"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,15 +30,30 @@ def test_ranks_equal_the_unsharded_reference(world_size, activation, dtype, impl
     ranks_of(world_size).run(matches_reference, implementation, activation, dtype, {"save": save})
 
 
+@pytest.fixture(scope="module")
+def nccl_ranks():
+    ranks = Ranks(2, "nccl")
+    yield ranks
+    ranks.close()
+
+
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "slices"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gpus_equal_the_unsharded_reference(activation, dtype):
-    ranks = Ranks(2, "nccl")
-    try:
-        ranks.run(matches_reference, "triton", activation, dtype, {}, ((3, 40), 256, 512))
-    finally:
-        ranks.close()
+def test_gpus_equal_the_unsharded_reference(activation, dtype, sequence_parallel, nccl_ranks):
+    options = {"sequence_parallel": sequence_parallel}
+    nccl_ranks.run(matches_reference, "triton", activation, dtype, options, ((4, 40), 256, 512), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"reduce_dtype": torch.float32}, {"forward_chunks": 2}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_ranks_that_share_a_gpu_over_gloo(activation, dtype, options, ranks_of):
+    """gloo reduces CUDA tensors; NCCL refuses two ranks on one GPU."""
+    shape = (4, 64), 256, 512
+    ranks_of(2).run(matches_reference, "triton", activation, dtype, options, shape, "cuda:0")
 
 
 def analysed_model(rank, world_size):

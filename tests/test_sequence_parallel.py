@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from ffn_cases import NAMES, assert_all_accurate, draw, eager, exact, ours, results, shards, tokens
+from ffn_cases import NAMES, draw, matches_reference, ours, results, shards, tokens
 from launches import CountCollectives, RecordOperators
 from rank_pool import use
 from torch import nn
@@ -20,24 +20,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORLD_SIZES = [2, 4]
 
 
-def matches_reference(rank, world_size, implementation, activation, dtype, options):
-    use(implementation)
-    problem = draw((8, 5), 64, 96, activation=activation, dtype=dtype)
-    group = dist.group.WORLD
-    mine = ours(problem, rank, world_size, group, sequence_parallel=True, **options)
-    again = ours(problem, rank, world_size, group, sequence_parallel=True, **options)
-    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "bits differ from run to run"
-    separate = eager(problem, rank, world_size, group, sequence_parallel=True)
-    assert_all_accurate(mine, separate, exact(problem, rank, world_size, sequence_parallel=True))
-
-
 @pytest.mark.parametrize("implementation", ["triton", "native"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_slices_equal_the_unsharded_reference(world_size, activation, dtype, implementation, ranks_of):
     save = "nothing" if activation in ("silu", "geglu") else "pre_act"
-    ranks_of(world_size).run(matches_reference, implementation, activation, dtype, {"save": save})
+    options = {"save": save, "sequence_parallel": True}
+    ranks_of(world_size).run(matches_reference, implementation, activation, dtype, options, ((8, 5), 64, 96))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,0 +1,76 @@
+"""bench/exchange_bench.py on a small shape: every way is timed, the timelines show the orders they claim."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu_only
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = [
+    ("backward", "serial"),
+    ("backward", "overlapped"),
+    ("backward", "serial, slices"),
+    ("backward", "overlapped, slices"),
+    *(("forward", f"{n} chunk{'s' if n > 1 else ''}") for n in (1, 2, 4, 8)),
+    ("reduction", "added in bf16"),
+    ("reduction", "added in fp32"),
+]
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "bench/exchange_bench.py", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_every_way_and_its_timeline(tmp_path):
+    out, trace, plot = tmp_path / "out.json", tmp_path / "trace.json", tmp_path / "new" / "timeline.png"
+    result = run("--quick", "--shape", "small", "--threads", 1, "--json", out, "--trace", trace, "--plot", plot)
+    assert result.returncode == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert [(row["work"], row["way"]) for row in written["rows"]] == WAYS
+    for row in written["rows"]:
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert 0 <= row["comm_ms"] < row["ms_p80"]
+        assert row["ratio_p50"] == 1 or row["way"] not in ("serial", "serial, slices", "1 chunk", "added in bf16")
+        assert row["way"] in result.stdout
+    errors = {row["way"]: row["y_rel_err"] for row in written["rows"] if row["work"] == "reduction"}
+    assert errors["added in fp32"] < errors["added in bf16"] < 0.01
+    # On a busy machine an overlapped collective may still run late; a serial one never runs beside a GEMM.
+    for name, timeline in written["timelines"].items():
+        spans = timeline["spans"]
+        slices = "slices" in name
+        assert [span[0] for span in spans if span[1] == "compute"] == [
+            "linear_dact",
+            "dgrad",
+            "wgrad",
+            "wgrad",
+            "column_sum",
+        ]
+        collectives = [span for span in spans if span[1] == "collective"]
+        assert len(collectives) == (3 if slices else 1)
+        if "serial" in name:
+            assert timeline["beside_wgrad_ms"] == 0
+    events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"gloo:all_reduce", "tpffn::wgrad"} <= events
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tp", 1), "--tp must be at least 2, got 1"),
+        (("--shape", "small", "--tp", 8), r"cuts dim 0 of [B, S, H], 4, into 8 parts"),
+        (("--iters", 0), "--iters must be at least 1, got 0"),
+        (("--plot", "x.txt"), "--plot writes"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
