@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 
 
 # Appended to the example. A thread of gloo that is left over may let go of its last tensor while the interpreter shuts
-# down, and then aborts the process: "terminate called without an active exception", in up to one run of eight.
+# down, and then aborts the process: "terminate called without an active exception", in about one run of twenty on a
+# loaded machine.
 COUNT_GLOO_THREADS = """
 from pathlib import Path
 names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
