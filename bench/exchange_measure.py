@@ -88,12 +88,6 @@ class SerialBackwardStep(BackwardStep):
         return serial()
 
 
-def own_tokens(problem: Problem, rank: Rank) -> Problem:
-    """Return the problem with this rank's slices of x and dy."""
-    x, dy = (t.detach().chunk(rank.world_size)[rank.rank].clone() for t in (problem.x, problem.dy))
-    return replace(problem, x=x.requires_grad_(), dy=dy)
-
-
 def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
     """Return {"rows": [...], "timelines": {order: {...}}} of this rank; rank 0's is the one to report."""
     if settings.threads is not None:
@@ -107,7 +101,7 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
         return forward
 
     own = own_problem(rank, settings, settings.dtype)
-    slices = own_tokens(own, rank)
+    slices = workloads.own_tokens(own, rank.rank, rank.world_size)
     fused, on_slices = forward_of(), forward_of(sequence_parallel=True)
     backward: dict[str, Step] = {
         "serial": SerialBackwardStep(fused, own, rank.group, "fwd_bwd"),

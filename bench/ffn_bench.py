@@ -63,6 +63,7 @@ examples:
   python bench/ffn_bench.py --mode fwd_bwd --json out.json --csv out.csv --plot out.png
   python bench/ffn_bench.py --shapes analysed,decode,medium,large --dtype bf16 --graph      on a GPU
   python bench/ffn_bench.py --batch 4 --seq 512 --hidden 2048 --ffn 8192 --tp 2 --activation swiglu
+  python bench/ffn_bench.py --sequence-parallel --mode fwd_bwd
   torchrun --nproc-per-node 4 bench/ffn_bench.py --tp 4
 """
 SIZES = ("batch", "seq", "hidden", "ffn")
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(DTYPES)} (default: fp32 on CPU, bf16 on CUDA); tf32: fp32 tensors, TF32 GEMMs, CUDA only",
     )
     what.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="default: %(default)s (erf)")
+    what.add_argument("--sequence-parallel", action="store_true", help="x and y are each rank's slice of dim 0, B")
     what.add_argument("--mode", choices=MODES, help="forward alone, or forward and backward (default: both)")
     what.add_argument("--impl", default="all", metavar="NAME,...", help="default: all that exist here")
     how = parser.add_argument_group("how")
@@ -135,6 +137,12 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
             raise ValueError(
                 f"torchrun started {attached} ranks, but {shape.name} has tp {shape.tp}: give --tp {attached}"
             )
+    one_shard = [s for s in shapes if device_type == "cuda" and attached is None and torch.cuda.device_count() < s.tp]
+    for shape in shapes if args.sequence_parallel else ():
+        if shape.batch % shape.tp:
+            raise ValueError(f"--sequence-parallel cuts dim 0 of [B, S, H], {shape.batch}, into {shape.tp} parts")
+        if shape in one_shard:
+            raise ValueError(f"--sequence-parallel needs {shape.tp} ranks: one rank's shard alone exchanges nothing")
     if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.csv, args.plot)
@@ -152,10 +160,11 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
             modes=(args.mode,) if args.mode else MODES,
             impls=impls,
             activation=args.activation,
+            sequence_parallel=args.sequence_parallel,
             rounds=args.iters,
             graph=args.graph,
             quick=args.quick,
-            one_shard=device_type == "cuda" and attached is None and gpus < tp,
+            one_shard=any(shape.tp == tp for shape in one_shard),
             command=command,
         )
         for tp in dict.fromkeys(shape.tp for shape in shapes)

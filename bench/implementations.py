@@ -1,7 +1,7 @@
 """List what is compared: each implementation computes one rank's FFN on its shards.
 
     forward(x [B, S, H], w1 [F/P, H], b1 [F/P], w2 [H, F/P], b2 [H], group) -> y [B, S, H]
-    gated activations: w1 [2F/P, H], b1 [2F/P]
+    gated activations: w1 [2F/P, H], b1 [2F/P]; sequence_parallel: x, y [B/P, S, H]
 
     unfused          F.linear, activation, F.linear: three torch operations; a gated activation is chunk, act and mul
     unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)
@@ -11,7 +11,8 @@ On a CPU `fused` computes some or all GEMMs through oneDNN (tpffn_triton/native.
 was built with: what `fused` gains over the better of the two baselines is fusion and overlap, the rest is oneDNN's.
 
 Around the unfused steps stand Megatron-LM's f and g (tpffn_triton/regions.py). Both sum in place, so that no copy
-slows the baseline; b2 is added after the sum, on every rank. Without a group it goes into the second F.linear.
+slows the baseline; b2 is added after the sum, on every rank. Without a group it goes into the second F.linear. With
+sequence parallelism they are gather and reduce-scatter, and the gathered x is kept for backward.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,12 @@ from torch import Tensor
 
 from tpffn_triton import ffn
 from tpffn_triton.reference import ACTIVATIONS
-from tpffn_triton.regions import copy_to_tp_region, reduce_from_tp_region
+from tpffn_triton.regions import (
+    copy_to_tp_region,
+    gather_from_sp_region,
+    reduce_from_tp_region,
+    reduce_scatter_to_sp_region,
+)
 
 Group = dist.ProcessGroup | None
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Group], Tensor]
@@ -35,14 +41,14 @@ Linear = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute the FFN: `build(activation)` returns its forward.
+    """One way to compute the FFN: `build(activation, sequence_parallel)` returns its forward.
 
     device_types, dtypes   where it exists
     """
 
     name: str
     summary: str
-    build: Callable[[str], Forward]
+    build: Callable[[str, bool], Forward]
     device_types: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("fp32", "tf32", "bf16", "fp16")
 
@@ -71,9 +77,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _unfused(linear: Linear) -> Callable[[str], Forward]:
-    def build(activation: str) -> Forward:
+def _unfused(linear: Linear) -> Callable[[str, bool], Forward]:
+    def build(activation: str, sequence_parallel: bool) -> Forward:
         activate = ACTIVATIONS[activation]
+
+        def on_slices(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
+            hidden = activate(linear(gather_from_sp_region(x, group), w1, b1))
+            return reduce_scatter_to_sp_region(linear(hidden, w2, None), group) + b2
 
         def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
             if group is None:
@@ -81,14 +91,15 @@ def _unfused(linear: Linear) -> Callable[[str], Forward]:
             hidden = activate(linear(copy_to_tp_region(x, group, consume=True), w1, b1))
             return reduce_from_tp_region(linear(hidden, w2, None), group, consume=True) + b2
 
-        return forward
+        return on_slices if sequence_parallel else forward
 
     return build
 
 
-def _fused(activation: str) -> Forward:
+def _fused(activation: str, sequence_parallel: bool) -> Forward:
     def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
-        return ffn(x, w1, w2, b1, b2, activation=activation, tp_group=group)
+        options: dict[str, Any] = {"activation": activation, "tp_group": group}
+        return ffn(x, w1, w2, b1, b2, sequence_parallel=sequence_parallel, **options)
 
     return forward
 

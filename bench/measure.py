@@ -45,6 +45,7 @@ class Settings:
     modes: tuple[str, ...]
     impls: tuple[str, ...] | None
     activation: str
+    sequence_parallel: bool
     rounds: int | None
     graph: bool
     quick: bool
@@ -107,14 +108,16 @@ def _measure_problem(
     if settings.one_shard:
         reference = workloads.expected(own, most, settings.activation)
     else:
-        reference = workloads.expected(full, most, settings.activation, rank.rank, rank.world_size)
+        slices = settings.sequence_parallel
+        reference = workloads.expected(full, most, settings.activation, rank.rank, rank.world_size, slices)
+        own = workloads.own_tokens(own, rank.rank, rank.world_size) if slices else own
     del full
     bound = error_bound(dtype, settings.activation)
     errors: dict[tuple[str, str], float] = {}
     steps: dict[str, dict[str, Step]] = {mode: {} for mode in settings.modes}
     refused = []
     for implementation in chosen(settings.impls, rank.device.type, dtype):
-        forward = implementation.build(settings.activation)
+        forward = implementation.build(settings.activation, settings.sequence_parallel)
         for mode in settings.modes:
             step = make_step(forward, own, rank.group, mode, settings.graph)
             name = implementation.name
@@ -186,6 +189,7 @@ def _time_mode(
                 "tp": shape.tp,
                 "dtype": dtype,
                 "activation": settings.activation,
+                "sequence_parallel": settings.sequence_parallel,
                 "graph": settings.graph,
                 "iters": rounds,
                 "ms_p20": p20,

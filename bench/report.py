@@ -28,7 +28,8 @@ def _header(rows: list[Row]) -> str:
     row = rows[0]
     dtypes = ", ".join(dict.fromkeys(r["dtype"] for r in rows))
     sizes = f"B={row['batch']} S={row['seq']} H={row['hidden']} F={row['ffn']}"
-    shape = f"{row['shape']}: {sizes}, {row['activation']}, {dtypes}"
+    slices = ", sequence-parallel" if row["sequence_parallel"] else ""
+    shape = f"{row['shape']}: {sizes}, {row['activation']}, {dtypes}{slices}"
     if not row["communication_included"]:
         ranks = f"one rank's shard of P={row['tp']} (F/P={row['ffn'] // row['tp']}), WITHOUT COMMUNICATION"
     else:

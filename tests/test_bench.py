@@ -31,7 +31,8 @@ BENCH = str(ROOT / "bench" / "ffn_bench.py")
 TINY = workloads.SHAPES["tiny"]
 ONE_RANK = ["--shapes", "tiny", "--tp", "1", "--quick"]
 NEEDED = {
-    *("impl", "mode", "shape", "batch", "seq", "hidden", "ffn", "tp", "dtype", "activation", "graph", "iters"),
+    *("impl", "mode", "shape", "batch", "seq", "hidden", "ffn", "tp", "dtype", "graph", "iters"),
+    *("activation", "sequence_parallel"),
     *("ms_p20", "ms_p50", "ms_p80", "tflops", "roofline_pct", "speedup_vs_unfused", "comm_ms", "compute_ms"),
     *("communication_included", "peak_mem_bytes", "max_rel_err", "error_vs_unfused"),
     *("device", "ranks", "cores", "threads", "backend", "torch", "triton", "numpy", "python", "commit", "command"),
@@ -114,6 +115,16 @@ def test_csv_and_plot_hold_the_same_rows(spawned: SimpleNamespace) -> None:
     assert sorted(p.name for p in spawned.out.iterdir()) == ["rows.csv", "rows.json", "rows.png"]
 
 
+def test_sequence_parallelism_is_checked_and_timed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    done = run(BENCH, "--shapes=tiny", "--sequence-parallel", "--mode=fwd_bwd", "--quick", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "F=128, gelu, fp32, sequence-parallel, P=2 (gloo)" in done.stdout
+    for row in json.loads(path.read_text()):
+        assert row["sequence_parallel"] is True
+        assert 0 < row["max_rel_err"] < 1e-5
+
+
 def test_gated_activation_is_sharded_checked_and_timed(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     done = run(BENCH, "--shapes=tiny", "--activation=swiglu", "--mode=fwd_bwd", "--quick", "--json", str(path))
@@ -153,6 +164,7 @@ def test_torchrun_ranks_are_joined_and_rank_0_alone_writes(tmp_path: Path) -> No
         (["--dtype", "tf32"], "needs a CUDA device"),
         (["--graph"], "--graph needs a CUDA device"),
         (["--iters", "0"], "--iters must be at least 1, got 0"),
+        (["--sequence-parallel", "--tp", "4"], "--sequence-parallel cuts dim 0 of [B, S, H], 2, into 4 parts"),
         (["--mode", "bwd"], "invalid choice: 'bwd'"),
         (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
         (["--plot", "rows.bmp"], "--plot writes .png, .pdf or .svg"),
@@ -249,7 +261,7 @@ def test_wrong_implementation_is_refused(
 def test_implementation_that_raises_leaves_the_other_problems_their_rows(
     one_rank, monkeypatch, tmp_path, capsys
 ) -> None:
-    def build(activation: str) -> implementations.Forward:
+    def build(activation: str, sequence_parallel: bool) -> implementations.Forward:
         def forward(x, w1, b1, w2, b2, group):
             if x.dtype == torch.bfloat16:
                 raise ArithmeticError("no bf16 here")
@@ -314,6 +326,8 @@ def test_fewer_gpus_than_ranks_time_one_shard(one_rank, monkeypatch: pytest.Monk
         (False, ["analysed"]),
         (True, ["decode", "medium"]),
     ]
+    with pytest.raises(ValueError, match="--sequence-parallel needs 4 ranks: one rank's shard alone exchanges nothing"):
+        cuda_settings(monkeypatch, 1, "--sequence-parallel")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="NCCL refuses two ranks on one GPU"):

@@ -40,7 +40,7 @@ def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str
     own = workloads.shard(workloads.draw(TINY, dtype, activation, ALONE.device), 0, 1, activation)
     reference = workloads.expected(own, "fwd_bwd", activation)
     for implementation in implementations.chosen(("unfused",), "cpu", dtype):
-        step = steps.make_step(implementation.build(activation), own, None, "fwd_bwd", graph=False)
+        step = steps.make_step(implementation.build(activation, False), own, None, "fwd_bwd", graph=False)
         error, _ = measure._worst_error(step, reference, ALONE)
         assert 0 < error < measure.error_bound(dtype, activation) / 2
 
@@ -196,7 +196,7 @@ def test_cuda_clock_replays_a_graph_behind_the_flush_without_observing(monkeypat
 def test_captured_results_are_nan_until_a_replay_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     own = workloads.shard(workloads.draw(TINY, "fp32", "gelu", torch.device("cpu")), 0, 1, "gelu")
-    forward = implementations.IMPLEMENTATIONS["unfused"].build("gelu")
+    forward = implementations.IMPLEMENTATIONS["unfused"].build("gelu", False)
     step = steps.CapturedStep(forward, own, None, "fwd_bwd")
     assert set(step.outputs()) == {"y", "dx", "dw1", "db1", "dw2", "db2"}
     assert all(t.isnan().all() for t in step.outputs().values())
