@@ -16,6 +16,9 @@ backward; dp communicates weights and gradients only.
     linear_fc1, linear_fc2      F / tp features  one shard per tp rank; see tpffn_triton.TensorParallelFFN
     norms, head, linear_fc2.bias                 replicated over tp: equal inputs give equal gradients, bit for bit
 
+With --sequence-parallel the blocks work on slices of the tokens, [B / dp / tp, H]: an all-gather and a reduce-scatter
+take each all-reduce's place, and norms and linear_fc2.bias see one slice, so their gradients are summed over tp.
+
 ddp     each rank keeps its tp shards whole; gradients are averaged over dp
 fsdp2   each rank keeps 1/dp of its tp shards (DTensors over dp); they are gathered around the forward and the backward
         of a block, and gradients are averaged and scattered. Shard blocks, not linear_fc1 and linear_fc2 themselves:
@@ -31,8 +34,10 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import tpffn_triton as tp
+from tpffn_triton.regions import gather_from_sp_region, scatter_to_sp_region
 from tpffn_triton.sharding import unshard_ffn
 
 FFN_PARAMETERS = ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight", "linear_fc2.bias")
@@ -52,22 +58,56 @@ FFN_PARAMETERS = ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight", "
 class Block(nn.Module):
     """x + FFN(LayerNorm(x)), the residual block of a pre-norm transformer without its attention; x, y [..., H]."""
 
-    def __init__(self, hidden: int, ffn: int, activation: str, tp_mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, tp_mesh: DeviceMesh, device: torch.device) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden, device=device)
-        self.ffn = tp.TensorParallelFFN(hidden, ffn, activation=activation, tp_group=tp_mesh, device=device)
+        self.norm = nn.LayerNorm(args.hidden, device=device)
+        self.ffn = tp.TensorParallelFFN(
+            args.hidden,
+            args.ffn,
+            activation=args.activation,
+            tp_group=tp_mesh,
+            sequence_parallel=args.sequence_parallel,
+            device=device,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., H]."""
         return x + self.ffn(self.norm(x))
 
 
+class Region(nn.Module):
+    """Enter or leave the part of the model that works on slices."""
+
+    def __init__(self, function: Callable[..., Tensor], **arguments: Any) -> None:
+        super().__init__()
+        self.function, self.arguments = function, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the slice of x, or what the slices x join to."""
+        return self.function(x, **self.arguments)
+
+
 def build_model(args: argparse.Namespace, tp_mesh: DeviceMesh, device: torch.device) -> nn.Sequential:
     """Build blocks, final norm and head. The seed is the same on every rank: so are the full weights, at every tp."""
     torch.manual_seed(args.seed)
-    blocks = [Block(args.hidden, args.ffn, args.activation, tp_mesh, device) for _ in range(args.layers)]
-    head = nn.Linear(args.hidden, args.hidden, device=device)
-    return nn.Sequential(*blocks, nn.LayerNorm(args.hidden, device=device), head)
+    layers: dict[str, nn.Module] = {f"block{i}": Block(args, tp_mesh, device) for i in range(args.layers)}
+    if args.sequence_parallel:
+        group = tp_mesh.get_group()
+        enter = Region(scatter_to_sp_region, group=group)
+        # What follows is replicated: every rank has the whole gradient, and keeps its slice.
+        layers = {"enter": enter, **layers, "leave": Region(gather_from_sp_region, group=group, reduce_grad=False)}
+    layers["norm"] = nn.LayerNorm(args.hidden, device=device)
+    layers["head"] = nn.Linear(args.hidden, args.hidden, device=device)
+    return nn.Sequential(OrderedDict(layers))
+
+
+def mark_norms_on_slices(model: nn.Sequential) -> None:
+    """Let reduce_replicated_grads find them. After FSDP2, which makes new parameters."""
+    for block in model:
+        if isinstance(block, Block):
+            parameters: Any = block.norm.parameters()
+            for parameter in parameters:
+                parameter.sequence_parallel = True
 
 
 def parallelize(model: nn.Sequential, args: argparse.Namespace, dp_mesh: DeviceMesh) -> nn.Module:
@@ -110,6 +150,8 @@ def train(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh, device: 
             y = model(x)
         loss = nn.functional.mse_loss(y.float(), target)
         loss.backward()
+        if args.sequence_parallel:
+            tp.reduce_replicated_grads(model, mesh["tp"])
         optimizer.step()
         optimizer.zero_grad()
         if step % args.log_every == 0 or step == args.steps - 1:
@@ -184,6 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data-parallel", choices=["ddp", "fsdp2"], default="ddp", help="(default ddp)")
     parser.add_argument("--tp", type=int, default=1, metavar="P", help="ranks per tensor-parallel group (default 1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="blocks on slices of the tokens")
     parser.add_argument("--steps", type=int, default=200, help="(default 200)")
     parser.add_argument("--batch", type=int, default=512, help="tokens in a global batch, over all of dp (default 512)")
     parser.add_argument("--hidden", type=int, default=64, metavar="H", help="features of a token (default 64)")
@@ -209,6 +252,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--tp {args.tp} does not divide --ffn {args.ffn}")
     if args.batch % (world_size // args.tp):
         parser.error(f"--batch {args.batch} is not divisible by the {world_size // args.tp} data-parallel replicas")
+    if args.sequence_parallel and args.batch % world_size:
+        parser.error(f"--sequence-parallel cuts --batch {args.batch} into {world_size} equal parts")
     return args
 
 
@@ -228,7 +273,10 @@ def main() -> None:
         say(warning)
 
     model = build_model(args, mesh["tp"], device)
-    log = train(args, parallelize(model, args, mesh["dp"]), mesh, device)
+    parallel = parallelize(model, args, mesh["dp"])
+    if args.sequence_parallel:
+        mark_norms_on_slices(model)
+    log = train(args, parallel, mesh, device)
     weights = full_weights(model, mesh["tp"])
     ranks = describe_ranks(weights, mesh, device)
     if dist.get_rank() == 0:

@@ -243,7 +243,7 @@ def up_for_gate(x, w1, b1, w2, b2, group):
 def test_wrong_implementation_is_refused(
     wrong, modes, tensor, activation, one_rank, monkeypatch, tmp_path, capsys
 ) -> None:
-    bad = implementations.Implementation("wrong", "", lambda activation: wrong)
+    bad = implementations.Implementation("wrong", "", lambda *_: wrong)
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "wrong", bad)
     path = tmp_path / "rows.json"
     assert one_rank("--impl", "unfused,wrong", "--activation", activation, "--json", str(path)) == 1

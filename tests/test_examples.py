@@ -80,14 +80,14 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data_parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("data_parallel", ["ddp", "fsdp2", "fsdp2 --sequence-parallel"])
 def test_two_hosts_train_as_one_process_does(data_parallel, one_process, tmp_path):
     """Same losses, same full weights on all ranks bit for bit, and one process' weights but for rounding."""
     agent = (
         "-m torch.distributed.run --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --local-addr localhost "
         f"--rdzv-endpoint localhost:{free_port()}"
     ).split()
-    output = finish([(*agent, *TRAIN, "--tp", "2", "--data-parallel", data_parallel)] * 2, tmp_path)
+    output = finish([(*agent, *TRAIN, "--tp", "2", "--data-parallel", *data_parallel.split())] * 2, tmp_path)
     assert sum(text.count("step   79  loss") for text in output) == 1, "progress comes from rank 0 alone"
     assert not any("warning: --tp" in text for text in output)
 
@@ -126,6 +126,7 @@ def test_a_tp_group_across_nodes_is_warned_about():
         ("--tp 4 --ffn 6", "4", "--tp 4 does not divide --ffn 6"),
         ("--tp 0", "4", "--tp must be at least 1, got 0"),
         ("--tp 2 --batch 7", "4", "--batch 7 is not divisible by the 2 data-parallel replicas"),
+        ("--tp 2 --batch 6 --sequence-parallel", "4", "--sequence-parallel cuts --batch 6 into 4 equal parts"),
         ("", None, "start it with torchrun"),
     ],
 )
