@@ -159,6 +159,17 @@ def test_the_package_reads_no_environment_variable() -> None:
     assert not wrong
 
 
+def test_kernels_do_not_count_on_every_processor() -> None:
+    """One program a tile: a collective that holds some processors delays a few tiles, not a wave that waits for all."""
+    wrong = [
+        show(path, f"line {node.lineno} loops over programs")
+        for path in sources("kernels")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("num_programs", "multi_processor_count")
+    ]
+    assert not wrong
+
+
 def test_no_file_is_longer_than_400_lines() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
