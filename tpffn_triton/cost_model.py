@@ -39,6 +39,7 @@ Pipelined trees: Sanders, Speck and Träff, "Two-tree algorithms for full bandwi
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 
 from tpffn_triton.machines import ALGORITHMS, ITEMSIZE, Compute, Link, Machine, measured_at
@@ -85,7 +86,7 @@ def link_us(link: Link, kind: str, algorithm: str, nbytes: float, world_size: in
         return 0.0
     terms = [t for t in link.terms if t.algorithm == algorithm and t.kind in ("", kind)]
     times = [t.base_us + rounds * t.alpha_us + sent / t.gb_per_s / 1e3 for t in measured_at(terms, world_size)]
-    return min(times, default=None)
+    return min(times) if times else None
 
 
 def nodes_needed(machine: Machine, world_size: int) -> int:
@@ -169,6 +170,8 @@ def forward_chunks(
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
+    # A graph of torch.compile is then for this number of tokens.
+    tokens = operator.index(tokens)
     if world_size == 1 or tokens == 0:
         return 1
     itemsize, compute = ITEMSIZE[dtype], machine.compute(world_size)
@@ -182,4 +185,4 @@ def forward_chunks(
         return chunked_us(gemm, reduce, chunks, compute.overlap)
 
     # Of equal times the fewest chunks.
-    return min((chunks for chunks in CHUNKS if chunks <= tokens), key=lambda chunks: (predicted(chunks), chunks))
+    return min([(predicted(chunks), chunks) for chunks in CHUNKS if chunks <= tokens])[1]
