@@ -5,7 +5,7 @@
     python tests/mutants.py --list --only 'gate|up'   # only name them
     python tests/mutants.py --jobs 2 --json found.json --markdown docs/mutants.md
 
-Each mutant (mutants_of_kernels.py, mutants_of_package.py) names the tests that must notice it. They run unbroken first,
+Each mutant (mutants_of_{kernels,package,costs}.py) names the tests that must notice it. They run unbroken first,
 then once per mutant, without a GPU:
 
     caught     tests ran, and one of them failed
@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import mutants_of_costs
 import mutants_of_kernels
 import mutants_of_package
 
@@ -76,7 +77,7 @@ class Outcome(NamedTuple):
 
 MUTANTS = [
     Mutant(name, file, *rest)
-    for files in (mutants_of_kernels.MUTANTS, mutants_of_package.MUTANTS)
+    for files in (mutants_of_kernels.MUTANTS, mutants_of_package.MUTANTS, mutants_of_costs.MUTANTS)
     for file, entries in files.items()
     for name, *rest in entries
 ]
