@@ -13,6 +13,7 @@ MUTANTS = {
         ("launch forgotten", " + compute.launch_us", "", BY_HAND),
         ("memory never the bound", "return max(arithmetic_us, ", "return max(arithmetic_us, 0 * ", BY_HAND),
         ("every chunk hides", "(chunks - 1) * overlap", "chunks * overlap", BY_HAND),
+        ("chunks pay no second read of w2", " + hidden * shard_features +", " +", PREDICTED),
         (
             "chunks reduced in the GEMM's dtype",
             "(reduced_itemsize or itemsize)",
@@ -22,7 +23,6 @@ MUTANTS = {
     ],
     "tpffn_triton/predict.py": [
         ("all communication hidden", "exposed = us - compute.overlap * min(us, ", "exposed = us - max(us, ", PREDICTED),
-        ("chunks pay no second read of w2", ") / chunks + weight_bytes", ") / chunks", PREDICTED),
         ("room for every P", "if plan.tp > room:", "if plan.tp < 0:", "test_predict.py -k more_ranks"),
     ],
     "tpffn_triton/plan_communication.py": [

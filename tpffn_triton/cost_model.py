@@ -147,6 +147,29 @@ def chunked_us(gemm_us: float, all_reduce_us: float, chunks: int, overlap: float
     return chunks * (gemm_us + all_reduce_us) - (chunks - 1) * overlap * min(gemm_us, all_reduce_us)
 
 
+def linear2_us(
+    machine: Machine,
+    tokens: int,
+    hidden: int,
+    shard_features: int,
+    world_size: int,
+    dtype: str,
+    chunks: int,
+    reduced_itemsize: int | None = None,
+    algorithms: tuple[str, ...] | None = None,
+) -> tuple[float, Choice]:
+    """Return (time of Linear2 and its all-reduce in row chunks, the all-reduce of one chunk); as forward_chunks.
+
+    Every chunk reads all of w2.
+    """
+    itemsize, compute, rows = ITEMSIZE[dtype], machine.compute(world_size), tokens / chunks
+    operands = rows * shard_features + hidden * shard_features + rows * hidden
+    gemm_us = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
+    nbytes = rows * hidden * (reduced_itemsize or itemsize)
+    reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0]
+    return chunked_us(gemm_us, reduce.us, chunks, compute.overlap), reduce
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_chunks(
     machine: Machine,
@@ -174,15 +197,6 @@ def forward_chunks(
     tokens = operator.index(tokens)
     if world_size == 1 or tokens == 0:
         return 1
-    itemsize, compute = ITEMSIZE[dtype], machine.compute(world_size)
-
-    def predicted(chunks: int) -> float:
-        rows = tokens / chunks
-        operands = rows * shard_features + hidden * shard_features + rows * hidden
-        gemm = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
-        nbytes = rows * hidden * (reduced_itemsize or itemsize)
-        reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0].us
-        return chunked_us(gemm, reduce, chunks, compute.overlap)
-
-    # Of equal times the fewest chunks.
-    return min([(predicted(chunks), chunks) for chunks in CHUNKS if chunks <= tokens])[1]
+    shape = (machine, tokens, hidden, shard_features, world_size, dtype)
+    times = [(linear2_us(*shape, c, reduced_itemsize, algorithms)[0], c) for c in CHUNKS if c <= tokens]
+    return min(times)[1]  # of equal times the fewest chunks
