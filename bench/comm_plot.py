@@ -32,6 +32,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             )
             axis.plot(sizes, [row["us_fitted"] for row in points], color=colour, label=f"P={p}, fitted α + bytes/β")
         axis.set_xscale("log", base=16)
+        axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.set_yscale("log")
         axis.set_title(kind.replace("_", "-"), fontsize=10)
         axis.set_xlabel("bytes of the full tensor")

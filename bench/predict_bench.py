@@ -46,7 +46,7 @@ each other, with what is exposed of the communication. Without --machine the mac
 """
 EPILOG = """\
 examples:
-  python bench/predict_bench.py                                    P = 2 and 4, about five minutes on 4 cores
+  python bench/predict_bench.py                                    P = 2 and 4, about three minutes on 4 cores
   python bench/predict_bench.py --quick --tp 2 --shapes tiny       seconds; figures are rough
   python bench/comm_bench.py --tp 2,4 --json here.json && \\
       python bench/predict_bench.py --tp 2,4 --machine here.json --json predicted.json
@@ -210,12 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        if machine is None:
-            machine = comm_fit.fit_machine([ranks.run(comm_measure.measure, how, p, "cpu") for p in world_sizes])
-        rows = []
+        results, rows = [], []
         for p in world_sizes:
+            if machine is None:  # right before what it is to predict, since other programs come and go
+                results.append(ranks.run(comm_measure.measure, how, p, "cpu"))
             settings = Settings(wanted[p], args.dtype, args.activation, 3 if args.quick else args.rounds)
             rows += ranks.run(measure, settings, p, "cpu")
+        machine = machine or comm_fit.fit_machine(results)
         add_predictions(rows, machine)
     except (ranks.RankFailed, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mutants_of_communication
+import mutants_of_costs
 import mutants_of_kernels
 import mutants_of_package
 
@@ -75,9 +76,10 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+SOURCES = (mutants_of_kernels, mutants_of_package, mutants_of_communication, mutants_of_costs)
 MUTANTS = [
     Mutant(name, file, *rest)
-    for files in (mutants_of_kernels.MUTANTS, mutants_of_package.MUTANTS, mutants_of_communication.MUTANTS)
+    for files in (source.MUTANTS for source in SOURCES)
     for file, entries in files.items()
     for name, *rest in entries
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,3 +208,19 @@ def test_forward_chunks_never_makes_more_chunks_than_tokens(tokens: int, hidden:
     chunks = forward_chunks(machine("pcie5"), tokens, hidden, hidden, p, "bf16")
     assert chunks in CHUNKS
     assert chunks <= tokens
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_forward_chunks_inside_a_compiled_graph() -> None:
+    m = machine("pcie5")
+
+    def chunked(x: torch.Tensor) -> list[torch.Tensor]:
+        return [part + 1 for part in x.chunk(forward_chunks(m, x.shape[0], 4096, 1024, 4, "bf16"))]
+
+    compiled = torch.compile(chunked, fullgraph=True, backend="eager")
+    counts = []
+    for tokens in (65536, 16384, 10):
+        x = torch.zeros(tokens, 1)
+        counts.append(len(compiled(x)))
+        assert counts[-1] == len(chunked(x))
+    assert counts == [4, 2, 1]

@@ -71,6 +71,13 @@ def test_chunks_hide_the_forward_all_reduce() -> None:
             predict(plan_ffn(8, 128, 1024, 4096, 4, sequence_parallel=sequence_parallel), BY_HAND, chunks=chunks)
 
 
+def test_every_chunk_reads_the_whole_of_w2() -> None:
+    slow_memory = replace(BY_HAND, computes=(Compute((("fp32", 1e6),), 1e-3, 0.0, 0.0, "test"),))  # 1 GB/s
+    plan = plan_ffn(8, 128, 1024, 4096, 4, bias=False)
+    whole, halves = (predict(plan, slow_memory, chunks=chunks).pass_us("forward") for chunks in (1, 2))
+    assert halves - whole == pytest.approx(4 * 2**20 / 1e3)
+
+
 def test_more_ranks_than_the_nodes_have_are_refused() -> None:
     with pytest.raises(ValueError, match="tp=8 exceeds 4 ranks: nodes=1, ranks_per_node=4"):
         predict(plan_ffn(8, 128, 1024, 4096, 8), BY_HAND)

@@ -39,6 +39,7 @@ Pipelined trees: Sanders, Speck and Träff, "Two-tree algorithms for full bandwi
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 
 from tpffn_triton.machines import ALGORITHMS, ITEMSIZE, Compute, Link, Machine, measured_at
@@ -85,7 +86,7 @@ def link_us(link: Link, kind: str, algorithm: str, nbytes: float, world_size: in
         return 0.0
     terms = [t for t in link.terms if t.algorithm == algorithm and t.kind in ("", kind)]
     times = [t.base_us + rounds * t.alpha_us + sent / t.gb_per_s / 1e3 for t in measured_at(terms, world_size)]
-    return min(times, default=None)
+    return min(times) if times else None
 
 
 def nodes_needed(machine: Machine, world_size: int) -> int:
@@ -146,6 +147,29 @@ def chunked_us(gemm_us: float, all_reduce_us: float, chunks: int, overlap: float
     return chunks * (gemm_us + all_reduce_us) - (chunks - 1) * overlap * min(gemm_us, all_reduce_us)
 
 
+def linear2_us(
+    machine: Machine,
+    tokens: int,
+    hidden: int,
+    shard_features: int,
+    world_size: int,
+    dtype: str,
+    chunks: int,
+    reduced_itemsize: int | None = None,
+    algorithms: tuple[str, ...] | None = None,
+) -> tuple[float, Choice]:
+    """Return (time of Linear2 and its all-reduce in row chunks, the all-reduce of one chunk); as forward_chunks.
+
+    Every chunk reads all of w2.
+    """
+    itemsize, compute, rows = ITEMSIZE[dtype], machine.compute(world_size), tokens / chunks
+    operands = rows * shard_features + hidden * shard_features + rows * hidden
+    gemm_us = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
+    nbytes = rows * hidden * (reduced_itemsize or itemsize)
+    reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0]
+    return chunked_us(gemm_us, reduce.us, chunks, compute.overlap), reduce
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_chunks(
     machine: Machine,
@@ -169,17 +193,10 @@ def forward_chunks(
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
+    # A graph of torch.compile is then for this number of tokens.
+    tokens = operator.index(tokens)
     if world_size == 1 or tokens == 0:
         return 1
-    itemsize, compute = ITEMSIZE[dtype], machine.compute(world_size)
-
-    def predicted(chunks: int) -> float:
-        rows = tokens / chunks
-        operands = rows * shard_features + hidden * shard_features + rows * hidden
-        gemm = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
-        nbytes = rows * hidden * (reduced_itemsize or itemsize)
-        reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0].us
-        return chunked_us(gemm, reduce, chunks, compute.overlap)
-
-    # Of equal times the fewest chunks.
-    return min((chunks for chunks in CHUNKS if chunks <= tokens), key=lambda chunks: (predicted(chunks), chunks))
+    shape = (machine, tokens, hidden, shard_features, world_size, dtype)
+    times = [(linear2_us(*shape, c, reduced_itemsize, algorithms)[0], c) for c in CHUNKS if c <= tokens]
+    return min(times)[1]  # of equal times the fewest chunks

@@ -195,7 +195,7 @@ def measured_at(records: Sequence[_T], world_size: int) -> list[_T]:
     """Return those that hold for any number of ranks, and of the measured ones those with the most ranks up to
     world_size, or else with the fewest."""
     measured = sorted({record.world_size for record in records if record.world_size})
-    nearest = max((p for p in measured if p <= world_size), default=measured[0] if measured else 0)
+    nearest = max([p for p in measured if p <= world_size] or measured[:1] or [0])
     return [record for record in records if record.world_size in (0, nearest)]
 
 

@@ -12,17 +12,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tpffn_triton.cost_model import (
-    LIBRARY_ALGORITHMS,
-    Choice,
-    choices,
-    chunked_us,
-    forward_chunks,
-    kernel_us,
-    nodes_needed,
-)
+from tpffn_triton.cost_model import LIBRARY_ALGORITHMS, choices, forward_chunks, kernel_us, linear2_us, nodes_needed
 from tpffn_triton.machines import Compute, Machine
-from tpffn_triton.plan_report import Collective, FFNPlan, Gemm, Reduction, align, human_bytes
+from tpffn_triton.plan_report import FFNPlan, Gemm, Reduction, align, human_bytes
 
 PASSES = ("forward", "backward")
 LIBRARY_NOTE = "one-shot, two-shot, direct: by symmetric memory; a process group runs ring or tree (--algorithm)."
@@ -112,9 +104,9 @@ def predict(
     room = nodes * machine.ranks_per_node
     if plan.tp > room:
         raise ValueError(f"tp={plan.tp} exceeds {room} ranks: nodes={nodes}, ranks_per_node={machine.ranks_per_node}")
+    shape = (machine, plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
     if chunks is None:
-        shape = (plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
-        chunks = 1 if plan.sequence_parallel else forward_chunks(machine, *shape, algorithms=algorithms)
+        chunks = 1 if plan.sequence_parallel else forward_chunks(*shape, algorithms=algorithms)
     if chunks < 1 or chunks > plan.batch * plan.seq:
         raise ValueError(f"forward chunks must be from 1 to the {plan.batch * plan.seq} tokens, got {chunks}")
     if chunks > 1 and plan.sequence_parallel:
@@ -123,25 +115,16 @@ def predict(
     kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
     own_us = {kernel.name: kernel.us for kernel in kernels}
     behind = {(o.pass_, o.tensor): sum(own_us[name] for name in o.behind) for o in plan.overlaps}
-
-    def fastest(collective: Collective, parts: int = 1) -> Choice:
-        return choices(machine, collective.kind, collective.bytes / parts, plan.tp, algorithms)[0]
-
     times = []
     for c in plan.collectives:
-        best = fastest(c)
+        best = choices(machine, c.kind, c.bytes, plan.tp, algorithms)[0]
         us = best.us
         exposed = us - compute.overlap * min(us, behind.get((c.pass_, c.tensor), 0.0))
         if c.pass_ == "forward" and chunks > 1:
-            linear2 = next(k for k in plan.gemms if k.name == "linear2")
-            # Every chunk reads all of w2.
-            weight_bytes = sum(t.bytes for t in plan.tensors if t.name == "w2")
-            chunk_bytes = (linear2.hbm_bytes - weight_bytes) / chunks + weight_bytes
-            gemm_us = kernel_us(compute, plan.dtype, linear2.flops / chunks, chunk_bytes)
-            best = fastest(c, chunks)
+            pipeline_us, best = linear2_us(*shape, chunks, algorithms=algorithms)
             us = chunks * best.us
             # The kernels' own sum has Linear2 in one piece.
-            exposed = chunked_us(gemm_us, best.us, chunks, compute.overlap) - own_us["linear2"]
+            exposed = pipeline_us - own_us["linear2"]
         times.append(CollectiveTime(c.pass_, c.kind, c.tensor, best.algorithm, us, exposed))
     return Prediction(machine.name, nodes_needed(machine, plan.tp), chunks, tuple(kernels), tuple(times))
 

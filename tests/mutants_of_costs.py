@@ -1,0 +1,61 @@
+"""Mistakes in the cost model for mutants.py to make: file → (name, text, replacement, tests that must notice)."""
+
+BY_HAND = "test_cost_model.py -k by_hand"
+PREDICTED = "test_predict.py -k 'by_hand or overlap or chunk'"
+
+MUTANTS = {
+    "tpffn_triton/cost_model.py": [
+        ("ring one round short", '"ring": (2 * (p - 1)', '"ring": (2 * (p - 2)', BY_HAND),
+        ("tree of P-1 levels", "2 * (p - 1).bit_length()", "2 * (p - 1)", BY_HAND),
+        ("one-shot sends the tensor once", "(1, (p - 1) * nbytes)", "(1, nbytes)", BY_HAND),
+        ("the slowest protocol", "return min(times) if", "return max(times) if", "test_cost_model.py -k protocol"),
+        ("whole tensor between nodes", "nbytes / local, nodes)", "nbytes, nodes)", BY_HAND),
+        ("launch forgotten", " + compute.launch_us", "", BY_HAND),
+        ("memory never the bound", "return max(arithmetic_us, ", "return max(arithmetic_us, 0 * ", BY_HAND),
+        ("every chunk hides", "(chunks - 1) * overlap", "chunks * overlap", BY_HAND),
+        ("chunks pay no second read of w2", " + hidden * shard_features +", " +", PREDICTED),
+        (
+            "chunks reduced in the GEMM's dtype",
+            "(reduced_itemsize or itemsize)",
+            "itemsize",
+            "test_cost_model.py -k cheapest",
+        ),
+    ],
+    "tpffn_triton/predict.py": [
+        ("all communication hidden", "exposed = us - compute.overlap * min(us, ", "exposed = us - max(us, ", PREDICTED),
+        ("room for every P", "if plan.tp > room:", "if plan.tp < 0:", "test_predict.py -k more_ranks"),
+    ],
+    "tpffn_triton/plan_communication.py": [
+        (
+            "slice sent to every rank twice",
+            "rounds * (elements // world_size), ",
+            "world_size * (elements // world_size), ",
+            "test_plan_sequence_parallel.py -k all_reduce",
+        ),
+        (
+            "dx waited for before dw1",
+            '("dw2", "dw1", "db2") if bias',
+            '("dw2",) if bias',
+            "test_plan_sequence_parallel.py -k analysed",
+        ),
+    ],
+    "tpffn_triton/machines.py": [
+        ("unknown keys accepted", "if name not in names]", "if name in ()]", "test_machines.py -k breaks_the_schema"),
+        (
+            "NaN accepted",
+            "(int, float)) or not low <= value <= high",
+            "(int, float)) or value < low or value > high",
+            "test_machines.py -k breaks_the_schema",
+        ),
+        ("nearest P above", "if p <= world_size]", "if p >= world_size]", "test_machines.py -k how_many"),
+    ],
+    "bench/comm_fit.py": [
+        (
+            "absolute errors",
+            "lstsq(weighted, np.ones_like(t), rcond=None)",
+            "lstsq(np.stack([t**0, x], axis=1), t, rcond=None)",
+            "test_comm_bench.py -k noisy",
+        ),
+        ("negative α kept", "if offset < 0:", "if offset < -1e9:", "test_comm_bench.py -k never_negative"),
+    ],
+}
