@@ -24,7 +24,7 @@ from timing import rotated
 from torch import Tensor
 from workloads import DTYPES
 
-from tpffn_triton import ops
+from tpffn_triton import collectives, ops
 from tpffn_triton.machines import ALGORITHMS
 
 KINDS = (*ALGORITHMS,)
@@ -83,16 +83,14 @@ def interleaved(rank: Rank, jobs: Jobs, rounds: int) -> dict[Any, list[float]]:
 
 def collective(kind: str, t: Tensor, rank: Rank) -> Callable[[], Tensor]:
     """Return a call of one collective whose full tensor is t [elements]; an all-reduce is in place."""
-    group, functional = rank.group, torch.ops._c10d_functional
+    group = rank.group
     assert group is not None
-    name, world_size = group.group_name, rank.world_size
-    own = t[: t.numel() // world_size].contiguous()
-    start = {
-        "all_reduce": lambda: functional.all_reduce_(t, "sum", name),
-        "all_gather": lambda: functional.all_gather_into_tensor(own, world_size, name),
-        "reduce_scatter": lambda: functional.reduce_scatter_tensor(t, "sum", world_size, name),
+    own = t[: t.numel() // rank.world_size].contiguous()
+    return {
+        "all_reduce": lambda: collectives.all_reduce(t, group),
+        "all_gather": lambda: collectives.all_gather(own, group),
+        "reduce_scatter": lambda: collectives.reduce_scatter(t, group),
     }[kind]
-    return lambda: functional.wait_tensor(start())
 
 
 def _collectives(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
@@ -153,19 +151,18 @@ def _copy_tb_per_s(rank: Rank, settings: Settings) -> float:
 def _overlap(rank: Rank, settings: Settings, rows: list[dict[str, Any]]) -> float:
     """Return the share of the shorter one that disappears when a GEMM and an all-reduce run at the same time."""
     assert rank.group is not None
-    side, name = settings.cubes[-1], rank.group.group_name
+    side, group = settings.cubes[-1], rank.group
     a, b = torch.randn(side, side, device=rank.device), torch.randn(side, side, device=rank.device)
-    kernels, functional = ops.kernels(a, b), torch.ops._c10d_functional
-    gemm = _bound(kernels.wgrad, (a, b))
+    gemm = _bound(ops.kernels(a, b).wgrad, (a, b))
     gemm_us = float(np.median(interleaved(rank, {"gemm": (gemm, 1)}, 3)["gemm"]))
     reductions = [row for row in rows if row["kind"] == "all_reduce"]
     like = min(reductions, key=lambda row: abs(np.log(row["us_p50"] / gemm_us)))
     t = torch.zeros(like["bytes"] // 4, device=rank.device)
 
     def together() -> None:
-        started = functional.all_reduce_(t, "sum", name)
+        started = collectives.start_all_reduce(t, group)
         gemm()
-        functional.wait_tensor(started)
+        collectives.wait(started)
 
     jobs = {"gemm": (gemm, 1), "all_reduce": (collective("all_reduce", t, rank), 1), "both": (together, 1)}
     times = interleaved(rank, jobs, 2 * settings.rounds)

@@ -8,11 +8,11 @@ MARK = "test_sequence_parallel.py -k megatrons_mark"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
-        ("x not gathered", "tokens = all_gather(tokens.contiguous(), call.group)", "pass", SLICES),
+        ("x not gathered", "tokens = wait(_start_gather(tokens, call))", "pass", SLICES),
         (
             "slice of x for dw1",
-            "x = None if x is None else start_all_gather(x.contiguous(), group)",
-            "pass",
+            "        if x is not None and not recompute:\n            x = _start_gather(x, call)",
+            "",
             SLICES,
         ),
         (
@@ -29,8 +29,8 @@ MUTANTS = {
         ),
         (
             "dy gathered for db2",
-            "start_all_gather(dy.contiguous(), group) if need_d_pre or need_w2 else dy",
-            "start_all_gather(dy.contiguous(), group)",
+            "        if need_d_pre or need_w2:\n            dy = _start_gather(dy, call)",
+            "        dy = _start_gather(dy, call)",
             "test_sequence_parallel.py -k collectives_and",
         ),
         (

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tpffn_triton import ops
-from tpffn_triton.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, wait
+from tpffn_triton.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 
 # A chunk is a multiple of the tallest tile, so that no tile is cut in two.
 CHUNK_ROWS = 128
@@ -89,7 +89,7 @@ def forward(
     b1, b2 = _vector(b1, dtype), _vector(b2, dtype)
     tokens = _rows(x, dtype)
     if call.sequence_parallel:
-        tokens = all_gather(tokens.contiguous(), call.group)
+        tokens = wait(_start_gather(tokens, call))
     act, pre_act = kernels.linear_act(tokens, _rows(w1, dtype), b1, activation, keep == "pre_act")
     y = _linear2(kernels, act, _rows(w2, dtype), b2, call)
     # Not view: autograd refuses to modify a view in place, as `y += residual` does.
@@ -168,11 +168,15 @@ def backward(
     kernels = ops.kernels(dy, x, w1, w2, b1)
     x, w1, w2 = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
     own_dy = dy = _rows(dy, dtype)
-    if call.sequence_parallel:
-        dy = start_all_gather(dy.contiguous(), group) if need_d_pre or need_w2 else dy
-        x = None if x is None else start_all_gather(x.contiguous(), group)
-    act, pre_act = (kept, None) if keep == "act" else (None, kept)
     recompute = keep == "nothing" and (need_d_pre or need_w2)
+    if call.sequence_parallel:  # in the order in which they are needed
+        if recompute:
+            x = _start_gather(x, call)
+        if need_d_pre or need_w2:
+            dy = _start_gather(dy, call)
+        if x is not None and not recompute:
+            x = _start_gather(x, call)
+    act, pre_act = (kept, None) if keep == "act" else (None, kept)
     if recompute:
         x = _arrived(x, call)
         act, pre_act = kernels.linear_act(x, w1, _vector(b1, dtype), activation, need_d_pre)
@@ -196,6 +200,11 @@ def backward(
     if dx is not None:
         dx = (dx if group is None else wait(dx)).view(wanted.shape).to(wanted.dtypes[0])
     return dx, dw1, dw2, db1 if need_b1 else None, db2
+
+
+def _start_gather(t: Any, call: Call) -> Tensor:
+    """Begin to join this rank's rows with the others'."""
+    return start_all_gather(t.contiguous(), call.group)
 
 
 def _arrived(t: Any, call: Call) -> Tensor:
