@@ -20,14 +20,15 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "collectives", "reference", "plan_report"),
-    ("native",),
+    ("interpreter", "group_store", "reference", "plan_report"),
+    ("native", "collectives"),
     ("backends", "agreement"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
     ("transforms",),
     ("functional",),
     ("module",),
+    ("comparison",),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpffn_triton.agreement import LayerKind, agree, reject
+from tpffn_triton.agreement import LayerKind, agree, reject, report
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.passes import Call, backward, forward, prepare_backward
 from tpffn_triton.transforms import TransformableFFN, transforming
@@ -45,9 +45,11 @@ def ffn(
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
 
     Outside of torch.compile, the group's first call with a kind of layer (w1's shape, dtype, activation, b2, whether x
-    needs a gradient) also compares the ranks' arguments (agreement.py): make it before capturing a CUDA graph.
+    needs a gradient), and a call whose x has another shape than the call before, also compare the ranks' arguments
+    over the group's store (agreement.py).
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
+    CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
     """
     group = resolve_group(tp_group)
     # Compiled calls compare nothing.
@@ -61,32 +63,32 @@ def ffn(
             need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
             need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
         if comparing is not None:
-            dx_needed = need_d_pre and x.requires_grad
-            kind = LayerKind(w1.shape, (dtype, x.device.type, activation, b2 is None, dx_needed))
+            dx = "dx" if need_d_pre and x.requires_grad else "no dx"
+            options = (activation, "no b2" if b2 is None else "b2", dx)
+            kind = LayerKind(w1.shape, dtype, x.device.type, options)
         check_shapes(x, w1, w2, b1, b2, activation)
         if gradient_accumulation_fusion and torch.is_grad_enabled():
             check_main_grads(w1, w2)
     except (TypeError, ValueError) as error:
         if comparing is not None:
-            device = getattr(x, "device", torch.device("cpu"))
-            reject(comparing, device, kind or getattr(w1, "shape", None), error)
+            reject(comparing, error)
         raise
     if comparing is not None:
-        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, activation, dx_needed))
+        agree(comparing, kind, (x.shape, dtype), x, w1, w2, b1, b2)
     keep = "nothing"
     # A transform hides which gradients are wanted.
     if save == "pre_act" and (need_d_pre or need_w2) and not transforming():
         # Without d_pre nothing recomputes the activation, so dw2 needs it kept.
         keep = "pre_act" if need_d_pre else "act"
     inputs = x, w1, w2, b1, b2, Call(activation, keep, group, dtype, gradient_accumulation_fusion)
-    if transforming():
-        return TransformableFFN.apply(*inputs)
-    return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
-
-
-def _description(x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, activation: str, dx_needed: bool) -> str:
-    tensors = f"x {list(x.shape)} and w1 {list(w1.shape)} in {dtype} on {x.device.type}"
-    return f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, {'dx' if dx_needed else 'no dx'}"
+    try:
+        if transforming():
+            return TransformableFFN.apply(*inputs)
+        return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
+    except Exception as error:
+        if comparing is not None:
+            report(comparing, error)
+        raise
 
 
 class _FFN(torch.autograd.Function):
@@ -103,4 +105,10 @@ class _FFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(ctx.wanted, dy, *ctx.saved_tensors), None
+        group = ctx.wanted.call.group
+        try:
+            return *backward(ctx.wanted, dy, *ctx.saved_tensors), None
+        except Exception as error:
+            if group is not None and not torch.compiler.is_compiling():
+                report(group, error)
+            raise

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpffn_triton import ops
+from tpffn_triton.agreement import agree_on_gradient
 from tpffn_triton.collectives import all_reduce, start_all_reduce, wait
 
 
@@ -121,6 +122,8 @@ def backward(
     activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
     need_x, need_w1, need_w2, need_b1, need_b2 = wanted.needs
     need_d_pre = need_x or need_w1 or need_b1
+    if group is not None:
+        agree_on_gradient(group, dy)
     kernels = ops.kernels(dy, x, w1, w2, b1)
     x, w1, w2 = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
     dy = _rows(dy, dtype)
