@@ -1,233 +1,39 @@
-"""Everything that one rank can do wrong, for faults.py and test_faults.py: what it does, and what each rank must see.
-
-A fault's function runs on every rank of a group; `c.victim` is true on the one that misbehaves. What ranks see is
-matched against `own` (the victim; "" where it is gone) and `others`.
-"""
+"""Everything that one rank can do wrong, for faults.py and test_faults.py, and what each rank must see of it."""
 
 import functools
-import os
-import signal
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from ffn_cases import draw, shards
-
-import tpffn_triton as tp
-from tpffn_triton import native, passes
-from tpffn_triton.reference import ffn_reference
-
-H, F, TOKENS = 32, 48, 6
-
-
-class Context:
-    """A rank of a fault's group; seen: what its calls since `go` computed; since: the time of `go`."""
-
-    def __init__(self, rank: int, world_size: int, victim: bool, group: dist.ProcessGroup, seconds: float) -> None:
-        self.rank, self.world_size, self.victim, self.group, self.seconds = rank, world_size, victim, group, seconds
-        self.seen: list[str] = []
-        self.since = 0.0
-
-    def go(self) -> None:
-        """Wait for all ranks: the fault comes now."""
-        dist.barrier()
-        self.seen, self.since = [], time.monotonic()
-
-    def call(self, *, tokens=TOKENS, H=H, dtype=torch.float32, activation="gelu", seed=0, alter=None, grad=True):
-        """Return (y, leaves, problem) of a call; alter(leaves) changes this rank's."""
-        problem = draw((tokens,), H, F, dtype=dtype, activation=activation, seed=seed)
-        w1, b1, w2, b2 = shards(problem, self.rank, self.world_size)
-        leaves = {"x": problem.x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
-        if alter is not None:
-            leaves |= alter(leaves)
-        leaves = {name: t.detach().clone().requires_grad_(grad) for name, t in leaves.items()}
-        return tp.ffn(**leaves, activation=activation, tp_group=self.group), leaves, problem
-
-    def step(self, *, dy=lambda dy: dy, before_backward=lambda y: None, **options) -> None:
-        """Make a call and its backward; note down whether they are right."""
-        y, leaves, problem = self.call(**options)
-        self.compare("y", y, ffn_reference(*problem.leaves(), activation=problem.activation))
-        if not y.requires_grad:
-            return
-        before_backward(y)
-        y.backward(dy(problem.dy))
-        full = [t.clone().requires_grad_() for t in problem.leaves()]
-        ffn_reference(*full, activation=problem.activation).backward(problem.dy)
-        self.compare("dx", leaves["x"].grad, full[0].grad)
-
-    def compare(self, name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
-        verdict = "WRONG"
-        if mine.isnan().any():
-            verdict = "NaN"
-        elif mine.shape == right.shape and torch.allclose(mine, right, rtol=0.05, atol=0.05):
-            verdict = "right"
-        self.seen.append(f"{name} {verdict}")
-
-
-class UserError(Exception):
-    """Raised by a fault in place of a user's mistake."""
-
-
-def killed(c: Context) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stopped(c: Context) -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def sleeps(c: Context) -> None:
-    time.sleep(c.seconds + 2)
-
-
-def exits(c: Context) -> None:
-    os._exit(1)
-
-
-def raises(c: Context) -> None:
-    raise UserError("a mistake in user code")
-
-
-def before_the_call(c: Context, act, known=()) -> None:
-    for options in known:
-        c.step(**options)
-    c.go()
-    if c.victim:
-        act(c)
-    c.step()
-
-
-def before_the_backward(c: Context, act) -> None:
-    c.step()
-    c.go()
-    c.step(before_backward=lambda y: act(c) if c.victim else None)
-
-
-def inside_the_backward(c: Context, act) -> None:
-    c.step()
-    c.go()
-    c.step(before_backward=lambda y: y.register_hook(lambda dy: act(c) if c.victim else None))
-
-
-def during_the_all_reduce(c: Context) -> None:
-    tokens = 100_000  # 12.8 MB
-    c.step(tokens=tokens)
-    c.go()
-    if c.victim:
-        started = passes.all_reduce
-        passes.all_reduce = lambda t, group: (passes.start_all_reduce(t, group), killed(c), started)
-    c.step(tokens=tokens)
-
-
-def inside_the_call(c: Context) -> None:
-    c.step()
-    c.go()
-    if c.victim:
-
-        def out_of_memory(*args):
-            raise torch.OutOfMemoryError("out of memory")
-
-        native.linear = out_of_memory
-    c.step()
-
-
-def differs(c: Context, wrong: dict, known=({},), then=0) -> None:
-    """The victim's call has other options; `then` calls as everybody's follow, whatever has happened."""
-    for options in known:
-        c.step(**options)
-    c.go()
-    try:
-        c.step(**(wrong if c.victim else {}))
-    except (TypeError, ValueError):
-        if not then:
-            raise
-    for _ in range(then):
-        c.step()
-
-
-def changes_apart(c: Context) -> None:
-    """Every rank's call is longer than the one before, the victim's by more."""
-    for tokens in (4, 5, 6):
-        c.step(tokens=tokens)
-    c.go()
-    c.step(tokens=5 if c.victim else 4)
-
-
-def one_call_fewer(c: Context) -> None:
-    c.step(grad=False)
-    c.go()
-    for seed in (1, 2, 3):
-        if not (c.victim and seed == 2):
-            c.step(seed=seed, grad=False)
-
-
-def one_call_of_another_layer(c: Context) -> None:
-    other = {"activation": "relu", "grad": False}
-    for options in ({"grad": False}, other):
-        c.step(**options)
-    c.go()
-    c.step(**(other if c.victim else {"grad": False}))
-    c.step(tokens=4, grad=False)
-
-
-def no_backward(c: Context) -> None:
-    c.step()
-    c.go()
-    y, *_ = c.call()
-    if not c.victim:
-        y.sum().backward()
-
-
-def drifted_bias(c: Context) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(tp.TensorParallelFFN(H, F, tp_group=c.group), torch.nn.ReLU())
-    model(torch.ones(4, H))
-    if c.victim:
-        with torch.no_grad():
-            model[0].linear_fc2.bias[3] += 1e-6
-    model(torch.ones(4, H))
-    c.go()
-    tp.compare_ranks(model)
-
-
-def drifted_model(c: Context, shape) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(tp.TensorParallelFFN(H, shape if c.victim else F, tp_group=c.group))
-    c.go()
-    tp.compare_ranks(model)
-
-
-def poison(name: str) -> Callable[[dict], dict]:
-    """Return what puts one NaN into leaves[name]."""
-
-    def alter(leaves: dict) -> dict:
-        t = leaves[name].clone()
-        t.view(-1)[3] = float("nan")
-        return {name: t}
-
-    return alter
-
-
-def nudge(name: str) -> Callable[[dict], dict]:
-    """Return what changes one bit of leaves[name]."""
-
-    def alter(leaves: dict) -> dict:
-        t = leaves[name].clone()
-        t.view(-1).view(torch.int32)[3] ^= 1
-        return {name: t}
-
-    return alter
-
-
-def strided(t: torch.Tensor) -> torch.Tensor:
-    """Return t's values with strides that no collective may see."""
-    return t.t().contiguous().t()
+from fault_actions import (
+    Context,
+    before_the_backward,
+    before_the_call,
+    changes_apart,
+    differs,
+    drifted_bias,
+    drifted_model,
+    during_the_all_reduce,
+    exits,
+    inside_the_backward,
+    killed,
+    no_backward,
+    nudge,
+    one_call_fewer,
+    one_call_of_another_layer,
+    out_of_memory,
+    poison,
+    raises,
+    sleeps,
+    stopped,
+    strided,
+    zero_stride,
+)
 
 
 class Fault(NamedTuple):
-    """name: unique; every_call: within tp.comparing_every_call; own, others: patterns of what is seen."""
+    """run: on every rank, c.victim being true on one; own, others: patterns of what that one sees ("" where it is gone)
+    and the rest; every_call: within tp.comparing_every_call."""
 
     name: str
     run: Callable[[Context], None]
@@ -250,6 +56,7 @@ DISAGREE = r"ValueError: ranks of the tensor-parallel group disagree:.*"
 SHAPES = DISAGREE + r"rank 0: x \[6, 32\].*rank 1: x "
 BITS, FINITE = DISAGREE + r"rank 1: {} has digest", DISAGREE + r"rank 0: {0} .*rank 1: {0} has NaN"
 COUNTED = r"y WRONG; " + DISAGREE + r"rank 0: calls before: .*rank 1: calls before: "
+NO_MEMORY = r".*rank 1 raised OutOfMemoryError"
 USER, BAD_X = "UserError", r"ValueError: x must be \[..., H=32\]"
 REPORTED = GONE + r".*\n  rank 1 rejected: x must be"
 SHORT_X = {"alter": lambda leaves: {"x": leaves["x"][:, 1:]}}
@@ -280,9 +87,8 @@ FAULTS = [
     # raises, and its process goes on
     Fault("raises before the first call", P(before_the_call, act=raises), ABSENT, USER),
     Fault("raises before a later call", P(before_the_call, act=raises, known=[{}]), TIMED_OUT, USER),
-    Fault(
-        "raises inside of the call: out of memory", inside_the_call, GONE + ".*raised OutOfMemory", "OutOfMemoryError"
-    ),
+    Fault("out of memory in forward", P(out_of_memory, kernel="linear"), GONE + NO_MEMORY, "OutOfMemoryError"),
+    Fault("out of memory in backward", P(out_of_memory, kernel="dgrad"), GONE + NO_MEMORY, "OutOfMemoryError"),
     Fault("raises between forward and backward", P(before_the_backward, act=raises), TIMED_OUT, USER),
     Fault("raises inside of backward", P(inside_the_backward, act=raises), TIMED_OUT, USER),
     Fault("1 of 4 raises inside of backward", P(inside_the_backward, act=raises), GONE, USER, 4, 2),
@@ -348,6 +154,13 @@ FAULTS = [
         DISAGREE,
         every_call=True,
     ),
+    Fault(
+        "dy differs by a bit, comparing every call",
+        P(differs, wrong={"dy": lambda dy: nudge("dy")({"dy": dy})["dy"]}),
+        BITS.format("dy"),
+        DISAGREE,
+        every_call=True,
+    ),
     Fault("NaN in x, first call", P(differs, wrong={"alter": poison("x")}, known=()), FINITE.format("x"), DISAGREE),
     Fault("1 of 4: NaN in x, first call", P(differs, wrong={"alter": poison("x")}, known=()), DISAGREE, DISAGREE, 4, 1),
     Fault("NaN in w1, first call", P(differs, wrong={"alter": poison("w1")}, known=()), FINITE.format("w1"), DISAGREE),
@@ -373,15 +186,5 @@ FAULTS = [
     # no fault: strides must not matter
     Fault("x with other strides", P(differs, wrong={"alter": lambda t: {"x": strided(t["x"])}}), RIGHT, RIGHT),
     Fault("dy with other strides", P(differs, wrong={"dy": strided}), RIGHT, RIGHT),
-    Fault("dy of stride 0 on every rank", lambda c: zero_stride(c), RIGHT, RIGHT),
+    Fault("dy of stride 0 on every rank", zero_stride, RIGHT, RIGHT),
 ]
-
-
-def zero_stride(c: Context) -> None:
-    """A dy as y.sum().backward() makes it."""
-    c.go()
-    y, leaves, problem = c.call()
-    y.sum().backward()
-    full = [t.clone().requires_grad_() for t in problem.leaves()]
-    ffn_reference(*full, activation=problem.activation).sum().backward()
-    c.compare("dx", leaves["x"].grad, full[0].grad)

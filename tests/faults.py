@@ -1,6 +1,6 @@
 """Let one rank of a real group die, stall, raise or differ, in every way of fault_cases.py; show what each rank saw.
 
-    python tests/faults.py                            # all, about two minutes
+    python tests/faults.py                            # all, under a minute
     python tests/faults.py --only 'killed|stopped'    # those whose name matches a regular expression
     python tests/faults.py --list
     python tests/faults.py --json found.json --markdown docs/faults.md
@@ -37,7 +37,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from fault_cases import FAULTS, Context, Fault
+from fault_actions import Context
+from fault_cases import FAULTS, Fault
 from rank_pool import use
 
 import tpffn_triton as tp
@@ -53,7 +54,9 @@ fault is seen. y and dx are compared with the unsharded reference. Written by
 
     PYTHONPATH=. .venv/bin/python tests/faults.py --markdown docs/faults.md
 
-{summary}. The verdicts are explained by `--help`, and the faults are in `tests/fault_cases.py`.
+{summary}.
+The verdicts are explained by `--help`, and the faults are in `tests/fault_actions.py` and
+`tests/fault_cases.py`.
 
 Where the verdict is WRONG: calls like the one before are not compared, since that costs more than they do.
 `tp.compare_ranks(model)` finds such faults on demand, `tp.comparing_every_call()` as they happen.
@@ -101,10 +104,11 @@ def _serve(rank: int, name: str, pipe: Connection) -> None:
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
-    """Return a context whose processes start at once: they are forked from one that has imported torch."""
+    """Return a context whose processes start at once: they are forked from one that has imported torch. It does not
+    know this folder."""
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # every lost connection is a page of stack in the log
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults"])
+    context.set_forkserver_preload(["tpffn_triton", "torch.multiprocessing", "torch.testing"])
     return context
 
 
@@ -208,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression; default: all")
     parser.add_argument("--list", action="store_true", help="print the faults and run nothing")
-    parser.add_argument("--jobs", metavar="N", type=int, default=12, help="faults at a time; default: %(default)s")
+    parser.add_argument("--jobs", metavar="N", type=int, default=16, help="faults at a time; default: %(default)s")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the outcomes there as well")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of them there")
     args = parser.parse_args(arguments)

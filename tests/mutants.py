@@ -5,7 +5,7 @@
     python tests/mutants.py --list --only 'gate|up'   # only name them
     python tests/mutants.py --jobs 2 --json found.json --markdown docs/mutants.md
 
-Each mutant (mutants_of_kernels.py, mutants_of_package.py) names the tests that must notice it. They run unbroken first,
+Each mutant (mutants_of_*.py) names the tests that must notice it. They run unbroken first,
 then once per mutant, without a GPU:
 
     caught     tests ran, and one of them failed
@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import mutants_of_kernels
 import mutants_of_package
+import mutants_of_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("kernels", "tpffn_triton", "tests", "bench")  # bench: for tests/jit_launches.py
@@ -76,7 +77,7 @@ class Outcome(NamedTuple):
 
 MUTANTS = [
     Mutant(name, file, *rest)
-    for files in (mutants_of_kernels.MUTANTS, mutants_of_package.MUTANTS)
+    for files in (mutants_of_kernels.MUTANTS, mutants_of_package.MUTANTS, mutants_of_ranks.MUTANTS)
     for file, entries in files.items()
     for name, *rest in entries
 ]

@@ -4,12 +4,14 @@ VALUES = "test_functional.py -k 'test_values_and_gradients and float32 and {}'"
 RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and float32-native and {}'"
 AUTOCAST = "test_precision.py -k autocast"
 SECOND = "test_pytorch.py -k second_derivatives"
+FAULTS = "test_faults.py -k 'clear_error and {}'"
 IN_FLIGHT = "test_distributed.py -k in_flight"
 Y = "kernels.linear(act, w2, b2 if group.rank() == 0 else None)"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
         ("b2 added by every rank", "b2 if group.rank() == 0 else None", "b2", RANKS.format("relu-")),
+        ("gradients never compared", "agree_on_gradient(group, dy)", "pass", "test_agreement.py -k until_its_end"),
         ("y a view", "torch.ops.aten._unsafe_view(y, x.shape)", "y.view(x.shape)", "test_pytorch.py -k in_place"),
         ("y not reduced", f"all_reduce({Y}, group)", Y, RANKS.format("relu-")),
         ("dx not reduced", "dx = start_all_reduce(dx, group)", "dx = dx", RANKS.format("relu-")),
@@ -72,8 +74,8 @@ MUTANTS = {
         ),
         (
             "agreement skipped",
-            "agree(comparing, x.device, kind,",
-            "(lambda *_: None)(comparing, x.device, kind,",
+            "agree(comparing, kind,",
+            "(lambda *_: None)(comparing, kind,",
             "test_distributed.py -k 'nobody_hanging and bias'",
         ),
         (
@@ -81,6 +83,18 @@ MUTANTS = {
             "comparing = None if torch.compiler.is_compiling() else group",
             "comparing = group",
             "test_distributed.py -k compiled_call_with_wrong",
+        ),
+        (
+            "what forward raises not reported",
+            "report(comparing, error)",
+            "pass",
+            FAULTS.format("raises"),
+        ),
+        (
+            "what backward raises not reported",
+            "report(group, error)",
+            "pass",
+            FAULTS.format("raises"),
         ),
         ("second derivative allowed by autograd", "    @once_differentiable\n", "", SECOND),
     ],
@@ -225,21 +239,6 @@ MUTANTS = {
             "memo[id(self.tp_group)] = self.tp_group",
             "",
             "test_distributed.py -k sub_mesh",
-        ),
-    ],
-    "tpffn_triton/collectives.py": [
-        ("all-reduce of any strides", "if not t.is_contiguous():", "if False:", "test_distributed.py -k sub_mesh"),
-        (
-            "region that sums into what it was given",
-            "t.contiguous() if consume else t.clone(memory_format=torch.contiguous_format)",
-            "t.contiguous()",
-            "test_distributed.py -k regions_sum",
-        ),
-        (
-            "group of one rank that communicates",
-            "return tp_group if tp_group.size() > 1 else None",
-            "return tp_group",
-            "test_distributed.py -k group_of_one",
         ),
     ],
     "tpffn_triton/validation.py": [

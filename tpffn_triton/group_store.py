@@ -2,7 +2,7 @@
 
     exchange    every rank's facts, on every rank          key tpffn/{number of the exchange}/{rank}
     post        facts that nobody may be waiting for       the same key
-    note        what this rank last failed at              key tpffn/note/{rank}
+    note        what this rank first failed at             key tpffn/note/{rank}
 
 A collective would do too, but on the data's own channel: a rank that compares while another already reduces would take
 the one message for the other. Over the store both wait, each in its own place, until the group's timeout, and raise. No
@@ -79,9 +79,11 @@ class GroupStore:
         self._try(self._store.set, self._next_keys()[self.rank], json.dumps(facts))
 
     def note(self, text: str) -> None:
-        """Leave word of what this rank failed at, for other ranks' `failure`; the next exchange takes it back."""
-        self._noted = True
-        self._try(self._store.set, self._note_of(self.rank), text[:LONGEST_NOTE])
+        """Leave word of what this rank failed at, for other ranks' `failure`: the first such, as others follow from it.
+        The next exchange takes it back."""
+        if not self._noted:
+            self._noted = True
+            self._try(self._store.set, self._note_of(self.rank), text[:LONGEST_NOTE])
 
     def failure(self, what: str, since: float, why: str) -> CollectiveError:
         """Return the error for `what`, begun at `since` of time.monotonic(): with what other ranks have noted, which
