@@ -66,7 +66,7 @@ MUTANTS = {
             "first failure hidden by the one that follows from it",
             "if not self._noted:",
             "if True:",
-            FAULTS.format("shapes"),
+            "test_agreement.py -k first_failure",
         ),
         ("notes not read", 'found.append(f"rank {rank} {self._', 'str(f"rank {rank} {self._', FAULTS.format("raises")),
     ],

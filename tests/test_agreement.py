@@ -130,7 +130,7 @@ def test_the_timeout_is_the_groups_own(ranks_of):
 
 def keys_left(rank, world_size):
     use("native")
-    group = new_group(world_size)
+    group = new_group(world_size, timeout=timedelta(seconds=20))
     for tokens in (3, 4) * 6:
         ours(draw((tokens,), 16, 24), rank, world_size, group)
     dist.barrier()
@@ -163,6 +163,21 @@ def rejected_on_all(rank, world_size):
 def test_what_all_ranks_reject_and_catch_disturbs_nothing(ranks_of):
     """And the notes of it are gone: no later error quotes them."""
     assert ranks_of(2).run(rejected_on_all) == [[], []]
+
+
+def two_notes(rank, world_size):
+    store = group_store.store_of(new_group(world_size))
+    for text in ("fell over", "heard nothing, as it had fallen over"):
+        if rank == 1:
+            store.note(text)
+    dist.barrier()
+    return str(store.failure("a call failed", time.monotonic(), "nobody there"))
+
+
+def test_the_first_failure_of_a_rank_is_the_one_that_others_quote(ranks_of):
+    first, second = ranks_of(2).run(two_notes)
+    assert first == "a call failed on rank 0 of 2 after 0.0 s: nobody there\n  rank 1 fell over"
+    assert second.splitlines()[0] == "a call failed on rank 1 of 2 after 0.0 s: nobody there"
 
 
 def test_digests_see_every_bit_and_the_order():

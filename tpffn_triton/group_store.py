@@ -25,10 +25,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 Facts = dict[str, str]  # name → a phrase
 FIRST_PAUSE, LONGEST_PAUSE = 5e-5, 1e-2  # seconds between two looks into the store
-SECONDS_TO_ANSWER = 1.0
+SECONDS_TO_ANSWER = 2.0
 LONGEST_NOTE = 200
 COMPARING = "comparing arguments over the group's store failed"
 GAVE_UP = "gave up"
+SILENT = "the store's host does not answer: its process or machine was stopped"
 
 
 class CollectiveError(RuntimeError):
@@ -55,7 +56,7 @@ class GroupStore:
         self.seconds = _timeout_of(group, self._store)
         self._number = 0
         self._undeleted: list[str] = []
-        self._noted = self._silent = False
+        self._noted = False
 
     def exchange(self, facts: Facts) -> list[Facts]:
         """Return every rank's facts, by rank. Every rank must call this, or `post`, equally often.
@@ -81,19 +82,18 @@ class GroupStore:
     def note(self, text: str) -> None:
         """Leave word of what this rank failed at, for other ranks' `failure`: the first such, as others follow from it.
         The next exchange takes it back."""
-        if not self._noted:
-            self._noted = True
-            self._try(self._store.set, self._note_of(self.rank), text[:LONGEST_NOTE])
+        self._try(self._leave_note, text)
 
     def failure(self, what: str, since: float, why: str) -> CollectiveError:
-        """Return the error for `what`, begun at `since` of time.monotonic(): with what other ranks have noted, which
+        """Return the error for `what`, begun at `since` of time.monotonic(): with what other ranks have noted, or which
         exchange they are in, and noted for them."""
         own = f"after {time.monotonic() - since:.1f} s: {why}"
-        try:
-            notes = self._ask(SECONDS_TO_ANSWER, self._read_notes)
-        except _StoreError as error:
-            notes = [] if str(error) in why else [f"nothing, {error}"]
-        self.note(f"reported: {what} {own}".splitlines()[0])
+        notes = []
+        if why != SILENT:
+            try:
+                notes = self._ask(SECONDS_TO_ANSWER, self._read_notes, f"reported: {what} {own}".splitlines()[0])
+            except _StoreError as error:
+                notes = [f"nothing, {error}"]
         return CollectiveError("\n  ".join([f"{what} on {self.name} {own}", *notes]))
 
     @staticmethod
@@ -130,7 +130,14 @@ class GroupStore:
             self._noted = False
         return ranks
 
-    def _read_notes(self) -> list[str]:
+    def _leave_note(self, text: str) -> None:
+        if not self._noted:
+            self._noted = True
+            self._store.set(self._note_of(self.rank), text[:LONGEST_NOTE])
+
+    def _read_notes(self, text: str) -> list[str]:
+        """Return other ranks' notes, and leave this one's."""
+        self._leave_note(text)
         found = []
         for rank in range(self.size):
             note, waiting = self._note_of(rank), f"tpffn/{self._number}/{rank}"
@@ -146,7 +153,7 @@ class GroupStore:
     def _ask(self, seconds: float, function: Callable[..., T], *args: Any) -> T:
         """Return function(*args), run in another thread.
 
-        Raises: _StoreError: it has not returned in time, now or before, or it could not ask.
+        Raises: _StoreError: it has not returned in time, or the store is gone.
         """
         outcome: list[Any] = []
 
@@ -156,13 +163,11 @@ class GroupStore:
             except Exception as error:
                 outcome.extend((False, error))
 
-        if not self._silent:
-            thread = threading.Thread(target=run, daemon=True, name="tpffn-store")
-            thread.start()
-            thread.join(seconds)
+        thread = threading.Thread(target=run, daemon=True, name="tpffn-store")
+        thread.start()
+        thread.join(seconds)
         if not outcome:
-            self._silent = True
-            raise _StoreError("the store's host does not answer: its process or machine was stopped")
+            raise _StoreError(SILENT)
         returned, value = outcome
         if returned:
             return value
