@@ -158,13 +158,13 @@ def one_call_fewer(c: Context) -> None:
             c.step(seed=seed, grad=False)
 
 
-def one_call_of_another_layer(c: Context) -> None:
-    other = {"activation": "relu", "grad": False}
-    for options in ({"grad": False}, other):
+def one_layer_fewer(c: Context) -> None:
+    layers = [{"grad": False}, {"grad": False, "activation": "relu"}]
+    for options in layers * 3:
         c.step(**options)
     c.go()
-    c.step(**(other if c.victim else {"grad": False}))
-    c.step(tokens=4, grad=False)
+    for options in layers[1:] if c.victim else layers:
+        c.step(**options)
 
 
 def no_backward(c: Context) -> None:

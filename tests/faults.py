@@ -11,7 +11,7 @@ that nobody learns of an error by the end of a process. Verdicts:
     error         every rank that should notice raised a clear error
     right         nobody raised, and results are right
     NaN           nobody raised, and every rank's result shows the NaN
-    WRONG         a rank was given a wrong result: the fault is not looked for, or found too late
+    WRONG         a rank was given a wrong result: the fault is found too late
     UNEXPECTED    a rank saw something else than fault_cases.py says
     ABORTED       a process ended by itself
     HUNG          a rank was still waiting long after the group's timeout
@@ -58,8 +58,8 @@ fault is seen. y and dx are compared with the unsharded reference. Written by
 The verdicts are explained by `--help`, and the faults are in `tests/fault_actions.py` and
 `tests/fault_cases.py`.
 
-Where the verdict is WRONG: calls like the one before are not compared, since that costs more than they do.
-`tp.compare_ranks(model)` finds such faults on demand, `tp.comparing_every_call()` as they happen.
+Where the verdict is WRONG: a call that follows the one before as it did last time is not compared, so of calls that are
+all alike one can be missing. `tp.comparing_every_call()` finds it.
 
 | fault | ranks | the failing rank saw | the others saw | after s | verdict |
 |---|---|---|---|---|---|

@@ -73,9 +73,27 @@ MUTANTS = {
     "tpffn_triton/agreement.py": [
         (
             "another length not compared",
-            "agreed.sizes == sizes and not _every_call",
-            "not _every_call",
+            "call = _agreed.get(group), (kind, sizes)",
+            "call = _agreed.get(group), (kind, None)",
             "test_agreement.py -k only_what_is_new",
+        ),
+        (
+            "another kind not compared",
+            "call = _agreed.get(group), (kind, sizes)",
+            "call = _agreed.get(group), (None, sizes)",
+            FAULTS.format("shapes"),
+        ),
+        (
+            "what follows not remembered",
+            "    agreed.follows[agreed.last] = call\n",
+            "",
+            "test_agreement.py -k take_turns",
+        ),
+        (
+            "any call that ever followed accepted",
+            "agreed.follows[agreed.last] == call and",
+            "call in agreed.follows and",
+            FAULTS.format("shapes"),
         ),
         (
             "contents of a new kind not compared",
@@ -91,7 +109,6 @@ MUTANTS = {
             FAULTS.format("values"),
         ),
         ("NaN not looked for", "if not t.isfinite().all():", "if False:", FAULTS.format("values")),
-        ("calls not counted", "agreed.calls[kind] = calls + 1", "pass", "test_faults.py -k next_comparison"),
         (
             "rank that rejected a call and goes on",
             "store.post({REJECTED: text})\n        _agreed.pop(group, None)",

@@ -33,22 +33,30 @@ def counted_exchanges():
         group_store.GroupStore.exchange = original
 
 
-def exchanges_of_calls(rank, world_size):
+def exchanges_of_calls(rank, world_size, calls):
+    """Return what each call, (tokens, hidden size), compared: names of facts."""
     use("native")
     group = new_group(world_size)
-    counts = []
-    for tokens, H in ((6, 32), (6, 32), (4, 32), (4, 32), (6, 32), (6, 16), (6, 16)):
+    compared = []
+    for tokens, H in calls:
         with counted_exchanges() as sent:
             ours(draw((tokens,), H, 48), rank, world_size, group)
-        counts.append([sorted(facts) for facts in sent])
-    return counts
+        compared.append(",".join(sorted(name for facts in sent for name in facts)))
+    return compared
 
 
 def test_only_what_is_new_is_compared(ranks_of):
     """Contents on a new kind, shapes when they change, nothing at all in a call like the one before."""
-    everything, shapes = [["b1", "b2", "call", "calls", "w1", "w2", "x"]], [["call", "calls"]]
-    for counts in ranks_of(2).run(exchanges_of_calls):
-        assert counts == [everything, [], shapes, [], shapes, everything, []]
+    everything, shapes, nothing = "b1,b2,call,w1,w2,x", "call", ""
+    calls = ((6, 32), (6, 32), (4, 32), (4, 32), (6, 32), (6, 16), (6, 16))
+    expected = [everything, nothing, shapes, nothing, shapes, everything, nothing]
+    assert ranks_of(2).run(exchanges_of_calls, calls) == [expected] * 2
+
+
+def test_layers_that_take_turns_compare_nothing_once_that_is_known(ranks_of):
+    calls = ((6, 32), (6, 16), (4, 32)) * 4
+    for compared in ranks_of(2).run(exchanges_of_calls, calls):
+        assert [bool(facts) for facts in compared] == [True] * 4 + [False] * 8
 
 
 def every_call_compared(rank, world_size):
@@ -89,8 +97,8 @@ def test_compare_ranks_of_equal_models(ranks_of):
             (["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"], ["fc1.weight", "fc2.weight"]),
         )
     )
-    alone = [" settings", "calls", "layers", *(name[2:] for name in first)]
-    both = sorted(["0 settings", "1 settings", *first, *second, "calls", "layers"])
+    alone = [" settings", "layers", *(name[2:] for name in first)]
+    both = sorted(["0 settings", "1 settings", *first, *second, "layers"])
     assert ranks_of(2).run(equal_models) == [[both, sorted(alone)]] * 2
 
 
@@ -131,7 +139,7 @@ def test_the_timeout_is_the_groups_own(ranks_of):
 def keys_left(rank, world_size):
     use("native")
     group = new_group(world_size, timeout=timedelta(seconds=20))
-    for tokens in (3, 4) * 6:
+    for tokens in range(12):
         ours(draw((tokens,), 16, 24), rank, world_size, group)
     dist.barrier()
     store = group.get_group_store()

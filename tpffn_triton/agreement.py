@@ -3,21 +3,21 @@
 A rank whose arguments are wrong would otherwise raise alone and leave the others waiting; ranks that disagree on shape
 or dtype would abort the process or corrupt each other's data.
 
-when                                              what is compared, over the group's store
-the group's first call of a kind of layer         the kind, x's shape, b2's bits, which tensors are finite
-x's shape or dtype differ from the call before    the kind, x's shape
-within `comparing_every_call`                     as on a first call, and x's bits; in backward dy's shape and bits
-each of these                                     how many calls of each kind there have been
+when                                          what is compared, over the group's store
+the group's first call of a kind of layer     the kind, x's shape, b2's bits, which tensors are finite
+a call that does not follow as last time      the kind, x's shape
+within `comparing_every_call`                 as on a first call, and x's bits; in backward dy's shape and bits
 
-Why the call before: whoever changes compares, and whoever does not is where the last comparison left all, so ranks
-never meet in a collective with tensors of different sizes. A call like the one before costs a look-up. Not noticed in
-it, but at the next comparison: a rank that makes one call fewer, or calls another layer that the group knows.
+A call follows as last time if its kind and x's shape are those of the call that came after the one before it when ranks
+last compared there; at first, those of the one before. What may follow is thus one thing, the same on every rank:
+whoever does something else compares, and whoever does not is where all others are. Ranks never meet in a collective
+with different tensors, and models that repeat themselves, layer by layer or all alike, compare nothing. Not noticed: a
+rank that makes one call fewer of several that are alike, until the others wait for it.
 """
 
 import contextlib
 import hashlib
 import weakref
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,14 +45,16 @@ class LayerKind(NamedTuple):
 
 @dataclass
 class _Agreed:
-    """What a group has agreed on.
+    """What a group has agreed on; a call is its kind and the sizes of its collectives.
 
-    calls    of each kind, whose contents were compared at the first
-    sizes    of the last call's collectives: x's shape and all else that decides them
+    kinds      whose contents were compared
+    last       call
+    follows    call → the one that came after it when ranks last compared there
     """
 
-    calls: Counter[LayerKind] = field(default_factory=Counter)
-    sizes: Hashable = None
+    kinds: set[LayerKind] = field(default_factory=set)
+    last: Hashable = None
+    follows: dict[Hashable, Hashable] = field(default_factory=dict)
 
 
 _agreed: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Agreed]" = weakref.WeakKeyDictionary()
@@ -85,34 +87,25 @@ def agree(group: dist.ProcessGroup, kind: LayerKind, sizes: Hashable, x: Tensor,
     Raises: ValueError: another rank rejected its arguments, or ranks differ; says who, and what each has.
     CollectiveError: a rank did not come.
     """
-    agreed = _agreed.get(group)
-    if agreed is not None and agreed.sizes == sizes and not _every_call:
-        calls = agreed.calls[kind]
-        if calls:
-            agreed.calls[kind] = calls + 1
-            return
+    agreed, call = _agreed.get(group), (kind, sizes)
+    if agreed is not None and agreed.follows[agreed.last] == call and not _every_call:
+        agreed.last = call
+        return
     if agreed is None:
         agreed = _Agreed()
-    facts = {CALL: f"x {list(x.shape)} and {_description(kind)}"} | history(group)
+    shapes = f"x {list(x.shape)} and w1 {list(kind.w1_shape)} in {kind.dtype} on {kind.device_type}"
+    facts = {CALL: ", ".join([shapes, *kind.options])}
     named = dict(zip(("x", "w1", "w2", "b1", "b2"), (x, *parameters), strict=True))
     if _every_call:
         facts |= contents(named, ("x", "b2"))
-    elif kind not in agreed.calls:
+    elif kind not in agreed.kinds:
         facts |= contents(named, ("b2",))
     compare(group, facts)
-    agreed.calls[kind] += 1
-    agreed.sizes = sizes
+    agreed.kinds.add(kind)
+    agreed.follows[agreed.last] = call
+    agreed.follows.setdefault(call, call)
+    agreed.last = call
     _agreed[group] = agreed
-
-
-def _description(kind: LayerKind) -> str:
-    return ", ".join([f"w1 {list(kind.w1_shape)} in {kind.dtype} on {kind.device_type}", *kind.options])
-
-
-def history(group: dist.ProcessGroup) -> Facts:
-    """Return how many calls of each kind the group has seen."""
-    calls = _agreed[group].calls if group in _agreed else {}
-    return {"calls": "calls before: " + "; ".join(sorted(f"{n} of {_description(kind)}" for kind, n in calls.items()))}
 
 
 def agree_on_gradient(group: dist.ProcessGroup, dy: Tensor) -> None:

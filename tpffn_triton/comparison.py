@@ -2,15 +2,14 @@
 
 from torch import nn
 
-from tpffn_triton.agreement import compare, contents, history
+from tpffn_triton.agreement import compare, contents
 from tpffn_triton.group_store import Facts
 from tpffn_triton.module import TensorParallelFFN
 
 
 def compare_ranks(module: nn.Module) -> None:
     """Compare every TensorParallelFFN in module with those of the other ranks of its group, by name: settings, shapes,
-    dtypes, the bits of linear_fc2.bias, which is replicated, whether each parameter is finite, and how many calls the
-    group has seen of each kind. Collective.
+    dtypes, the bits of linear_fc2.bias, which is replicated, and whether each parameter is finite. Collective.
 
     Costs one exchange of text for each group and one reading of each parameter; a GPU is waited for.
 
@@ -25,7 +24,7 @@ def compare_ranks(module: nn.Module) -> None:
             facts |= _facts(name, layer)
     for group, facts in groups.items():
         facts["layers"] = "FFN layers:" + facts["layers"]
-        compare(group, facts | history(group))
+        compare(group, facts)
 
 
 def _facts(name: str, layer: TensorParallelFFN) -> Facts:
