@@ -35,6 +35,7 @@ import mutants_of_communication
 import mutants_of_costs
 import mutants_of_kernels
 import mutants_of_package
+import mutants_of_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("kernels", "tpffn_triton", "tests", "bench")  # bench: for tests/jit_launches.py
@@ -76,7 +77,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-SOURCES = (mutants_of_kernels, mutants_of_package, mutants_of_communication, mutants_of_costs)
+SOURCES = (mutants_of_kernels, mutants_of_package, mutants_of_communication, mutants_of_costs, mutants_of_ranks)
 MUTANTS = [
     Mutant(name, file, *rest)
     for files in (source.MUTANTS for source in SOURCES)

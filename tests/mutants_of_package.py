@@ -4,11 +4,18 @@ VALUES = "test_functional.py -k 'test_values_and_gradients and float32 and {}'"
 RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and float32-native and {}'"
 AUTOCAST = "test_precision.py -k autocast"
 SECOND = "test_pytorch.py -k second_derivatives"
+FAULTS = "test_faults.py -k 'clear_error and {}'"
 IN_FLIGHT = "test_distributed.py -k in_flight"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
         ("b2 added by every rank", "b2 if call.group.rank() == 0 else None", "b2", RANKS.format("relu-")),
+        (
+            "gradients never compared",
+            "agree_on_gradient(group, dy, not call.sequence_parallel)",
+            "pass",
+            "test_agreement.py -k until_its_end",
+        ),
         ("y a view", "torch.ops.aten._unsafe_view(y, x.shape)", "y.view(x.shape)", "test_pytorch.py -k in_place"),
         (
             "y not reduced",
@@ -76,8 +83,8 @@ MUTANTS = {
         ),
         (
             "agreement skipped",
-            "agree(comparing, x.device, kind,",
-            "(lambda *_: None)(comparing, x.device, kind,",
+            "agree(comparing, kind,",
+            "(lambda *_: None)(comparing, kind,",
             "test_distributed.py -k 'nobody_hanging and bias'",
         ),
         (
@@ -85,6 +92,18 @@ MUTANTS = {
             "comparing = None if torch.compiler.is_compiling() else group",
             "comparing = group",
             "test_distributed.py -k compiled_call_with_wrong",
+        ),
+        (
+            "what forward raises not reported",
+            "report(comparing, error)",
+            "pass",
+            FAULTS.format("raises"),
+        ),
+        (
+            "what backward raises not reported",
+            "report(group, error)",
+            "pass",
+            FAULTS.format("raises"),
         ),
         ("second derivative allowed by autograd", "    @once_differentiable\n", "", SECOND),
     ],

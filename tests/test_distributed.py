@@ -258,11 +258,12 @@ def test_one_wrong_rank_leaves_nobody_hanging(fault, own, others, ranks_of):
 
 
 def wrong_twice_and_later(rank, world_size):
-    """Two failed first calls, a good one, then a first call with another layer that is wrong on rank 1 again."""
+    """Two failed first calls, a good one, then a first call with another layer that is wrong on rank 1 again, and the
+    good one again."""
     use("native")
     group = dist.new_group(list(range(world_size)))
     seen = []
-    for hidden_size, wrong in ((32, True), (32, True), (32, False), (16, True)):
+    for hidden_size, wrong in ((32, True), (32, True), (32, False), (16, True), (32, False)):
         problem = draw((4,), hidden_size, 48)
         w1, b1, w2, b2 = shards(problem, rank, world_size)
         x = problem.x[..., 1:] if wrong and rank == 1 else problem.x
@@ -277,8 +278,8 @@ def wrong_twice_and_later(rank, world_size):
 @pytest.mark.cpu_only
 def test_a_wrong_rank_is_noticed_again_and_for_every_layer(ranks_of):
     good, wrong = ranks_of(2).run(wrong_twice_and_later, timeout=30)
-    assert good == ["another", "another", "computed", "another"]
-    assert wrong == ["itself", "itself", "computed", "itself"]
+    assert good == ["another", "another", "computed", "another", "computed"]
+    assert wrong == ["itself", "itself", "computed", "itself", "computed"]
 
 
 def wrong_while_compiling(rank, world_size):

@@ -20,8 +20,8 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts", "examples")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "collectives", "reference", "plan_report", "machines"),
-    ("native", "presets", "cost_model", "plan_communication"),
+    ("interpreter", "group_store", "reference", "plan_report", "machines"),
+    ("native", "collectives", "presets", "cost_model", "plan_communication"),
     ("backends", "agreement", "regions", "predict"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
@@ -30,7 +30,7 @@ LAYERS = (
     ("transforms",),
     ("functional",),
     ("module",),
-    ("replicated_grads",),
+    ("replicated_grads", "comparison"),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

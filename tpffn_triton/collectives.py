@@ -11,13 +11,17 @@ operators are the same in every supported torch; the functions of torch.distribu
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from tpffn_triton.group_store import CollectiveError, store_of
 
 Observer = Callable[[], contextlib.AbstractContextManager]
 _observer: Observer | None = None
@@ -56,52 +60,87 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def _observed() -> contextlib.AbstractContextManager:
-    if _observer is None or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return _observer()
+    return contextlib.nullcontext() if _observer is None else _observer()
 
 
 def start_all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Begin to sum t over the group; returns the tensor to `wait` for. t is consumed: outside of torch.compile the sum
     lands in t itself.
 
-    Raises: ValueError: t is not contiguous (gloo would reduce other elements, silently).
+    Raises: ValueError: t is not contiguous (gloo would reduce other elements, silently). CollectiveError: it failed.
     """
     _check_contiguous("all-reduce", t)
-    if torch.compiler.is_compiling():
-        return torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name)
-    with _observed():
-        return torch.ops._c10d_functional.all_reduce_(t, "sum", group.group_name)
+    functional = torch.ops._c10d_functional
+    all_reduce = functional.all_reduce if torch.compiler.is_compiling() else functional.all_reduce_
+    return _start("all-reduce", group, all_reduce, t, "sum")
 
 
 def start_all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Begin to join every rank's t along dim 0; returns the tensor to `wait` for. t has the same shape on all ranks.
 
-    Raises: ValueError: t is not contiguous. RuntimeError: under torch.func.vmap.
+    Raises: ValueError: t is not contiguous. RuntimeError: under torch.func.vmap. CollectiveError: it failed.
     """
     _check_contiguous("all-gather", t)
     _check_not_batched("all-gather", t)
-    with _observed():
-        return torch.ops._c10d_functional.all_gather_into_tensor(t, group.size(), group.group_name)
+    return _start("all-gather", group, torch.ops._c10d_functional.all_gather_into_tensor, t, group.size())
 
 
 def start_reduce_scatter(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Begin to sum t over the group and keep this rank's part of dim 0; returns the tensor to `wait` for.
 
     Raises: ValueError: t is not contiguous, or dim 0 is not divisible by P (the message shows them). RuntimeError:
-    under torch.func.vmap.
+    under torch.func.vmap. CollectiveError: it failed.
     """
     _check_contiguous("reduce-scatter", t)
     _check_not_batched("reduce-scatter", t)
     check_splits(t, group.size())
-    with _observed():
-        return torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", group.size(), group.group_name)
+    reduce_scatter_tensor = torch.ops._c10d_functional.reduce_scatter_tensor
+    return _start("reduce-scatter", group, reduce_scatter_tensor, t, "sum", group.size())
+
+
+def _start(name: str, group: dist.ProcessGroup, collective: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return collective(*args, name of the group); outside of torch.compile `wait` will know what it waits for."""
+    if torch.compiler.is_compiling():
+        return collective(*args, group.group_name)
+    begun = name, group, time.monotonic()
+    try:
+        with _observed():
+            started: Any = collective(*args, group.group_name)
+    except RuntimeError as error:
+        raise _failed(begun, args[0], error) from error
+    started._begun = begun
+    return started
 
 
 def wait(t: Tensor) -> Tensor:
-    """Wait for a started collective: on a GPU the current stream waits, on a CPU the caller does."""
-    with _observed():
+    """Wait for a started collective: on a GPU the current stream waits, on a CPU the caller does.
+
+    Raises: CollectiveError: it failed.
+    """
+    if torch.compiler.is_compiling():
         return torch.ops._c10d_functional.wait_tensor(t)
+    begun = t.__dict__.pop("_begun", None)
+    try:
+        with _observed():
+            return torch.ops._c10d_functional.wait_tensor(t)
+    except RuntimeError as error:
+        if begun is None:
+            raise
+        raise _failed(begun, t, error) from error
+
+
+def _failed(begun: tuple[str, dist.ProcessGroup, float], t: Tensor, error: RuntimeError) -> CollectiveError:
+    name, group, since = begun
+    message = next(iter(str(error).splitlines()), type(error).__name__)
+    if "timed out" in message.lower() or "timeout" in message.lower():
+        likely = "a rank stalled, raised, or makes another number of calls: its log should say"
+    elif "connection" in message.lower():
+        likely = "a rank's process ended, or it gave up on this collective before: its log should say"
+    else:
+        likely = "ranks differ in the tensors they send, or the group is no longer usable"
+    what, why = f"{name} of {list(t.shape)} in {t.dtype} failed", f"{message}\n  likely {likely}"
+    store = store_of(group)
+    return CollectiveError(f"{what}: {why}") if store is None else store.failure(what, since, why)
 
 
 def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:

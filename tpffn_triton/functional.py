@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpffn_triton.agreement import LayerKind, agree, reject
+from tpffn_triton.agreement import LayerKind, agree, reject, report
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.cost_model import forward_chunks as best_chunks
 from tpffn_triton.kernels._configs import arithmetic_of
@@ -60,29 +60,18 @@ def ffn(
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
 
     Outside of torch.compile, the group's first call with a kind of layer (w1's shape, dtype, activation, b2, whether x
-    needs a gradient) also compares the ranks' arguments (agreement.py): make it before capturing a CUDA graph.
+    needs a gradient), and a call that differs from what followed the one before it last time, also compare the ranks'
+    arguments over the group's store (agreement.py).
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
+    CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
     """
     group = resolve_group(tp_group)
     # Compiled calls compare nothing.
     comparing = None if torch.compiler.is_compiling() else group
-    kind: Any = None
     try:
         check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks)
         dtype = check_dtypes(x, w1, w2, b1, b2)
-        need_d_pre = need_w2 = need_b2 = False
-        if torch.is_grad_enabled():
-            need_d_pre = x.requires_grad or w1.requires_grad or (b1 is not None and b1.requires_grad)
-            need_w2, need_b2 = w2.requires_grad, b2 is not None and b2.requires_grad
-        if comparing is not None:
-            options = activation, sequence_parallel, reduce_dtype
-            exchanged = [name for name, needed in (("dx", need_d_pre and x.requires_grad),) if needed]
-            if sequence_parallel:
-                exchanged += ["dy"] * (need_d_pre or need_w2)
-                recompute = save == "nothing" and (need_d_pre or need_w2)
-                exchanged += ["x"] * ((need_d_pre and w1.requires_grad) or recompute)
-            kind = LayerKind(w1.shape, (dtype, x.device.type, b2 is None, *options, forward_chunks, *exchanged))
         check_shapes(x, w1, w2, b1, b2, activation)
         if sequence_parallel and x.dim() < 2:
             raise ValueError(
@@ -95,11 +84,13 @@ def ffn(
             chunks = _best_chunks(forward_chunks, x, w2, group, dtype, reduce_dtype)
     except (TypeError, ValueError) as error:
         if comparing is not None:
-            device = getattr(x, "device", torch.device("cpu"))
-            reject(comparing, device, kind or getattr(w1, "shape", None), error)
+            reject(comparing, error)
         raise
-    if comparing is not None:
-        agree(comparing, x.device, kind, lambda: _description(x, w1, b2, dtype, options, chunks, exchanged))
+    need_x = need_d_pre = need_w1 = need_w2 = need_b2 = False
+    if torch.is_grad_enabled():
+        need_x, need_w1, need_w2 = x.requires_grad, w1.requires_grad, w2.requires_grad
+        need_d_pre = need_x or need_w1 or (b1 is not None and b1.requires_grad)
+        need_b2 = b2 is not None and b2.requires_grad
     keep = "nothing"
     # A transform hides which gradients are wanted.
     if save == "pre_act" and (need_d_pre or need_w2) and not transforming():
@@ -115,10 +106,27 @@ def ffn(
         1 if transforming() else chunks,
         gradient_accumulation_fusion,
     )
+    if comparing is not None:
+        options = [activation, "no b2" if b2 is None else "b2", "dx" if need_x else "no dx"]
+        if sequence_parallel:
+            gathered = ["dy"] * (need_d_pre or need_w2)
+            gathered += ["x"] * (need_w1 or (keep == "nothing" and (need_d_pre or need_w2)))
+            options += ["sequence_parallel", f"backward gathers {' and '.join(gathered) or 'nothing'}"]
+        if call.reduce_dtype != dtype:
+            options.append(f"reduce_dtype={call.reduce_dtype}")
+        if call.chunks != 1:
+            options.append(f"forward_chunks={call.chunks}")
+        kind = LayerKind(w1.shape, dtype, x.device.type, tuple(options))
+        agree(comparing, kind, x.shape, not sequence_parallel, x, w1, w2, b1, b2)
     inputs = x, w1, w2, b1, b2, call
-    if transforming():
-        return TransformableFFN.apply(*inputs)
-    return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
+    try:
+        if transforming():
+            return TransformableFFN.apply(*inputs)
+        return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
+    except Exception as error:
+        if comparing is not None:
+            report(comparing, error)
+        raise
 
 
 def _best_chunks(
@@ -139,18 +147,6 @@ def _best_chunks(
     return best_chunks(machine, x.numel() // max(hidden, 1), hidden, features, group.size(), name, reduced_itemsize)
 
 
-def _description(
-    x: Tensor, w1: Tensor, b2: Tensor | None, dtype: torch.dtype, options: tuple, chunks: int, exchanged: list[str]
-) -> str:
-    activation, sequence_parallel, reduce_dtype = options
-    tensors = f"x {list(x.shape)} and w1 {list(w1.shape)} in {dtype} on {x.device.type}"
-    return (
-        f"{tensors}, {activation}, {'no b2' if b2 is None else 'b2'}, sequence_parallel={sequence_parallel}, "
-        f"reduce_dtype={reduce_dtype}, forward_chunks={chunks}, "
-        f"backward exchanges {', '.join(exchanged) or 'nothing'}"
-    )
-
-
 class _FFN(torch.autograd.Function):
     """y of (x, w1, w2, b1, b2, call), for ordinary calls: Function.apply binds the arguments of one that can be
     transformed by inspection, at 20 µs a call."""
@@ -165,4 +161,10 @@ class _FFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(ctx.wanted, dy, *ctx.saved_tensors), None
+        group = ctx.wanted.call.group
+        try:
+            return *backward(ctx.wanted, dy, *ctx.saved_tensors), None
+        except Exception as error:
+            if group is not None and not torch.compiler.is_compiling():
+                report(group, error)
+            raise

@@ -218,5 +218,6 @@ class TensorParallelFFN(nn.Module):
         return (
             f"hidden_size={self.hidden_size}, ffn_hidden_size={self.ffn_hidden_size}, activation={self.activation!r}, "
             f"rank={self.rank}, world_size={self.world_size}, save={self.save!r}, "
-            f"sequence_parallel={self.sequence_parallel}"
+            f"sequence_parallel={self.sequence_parallel}, reduce_dtype={self.reduce_dtype}, "
+            f"forward_chunks={getattr(self.forward_chunks, 'name', self.forward_chunks)!r}"
         )

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from tpffn_triton import ops
+from tpffn_triton.agreement import agree_on_gradient
 from tpffn_triton.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 
 # A chunk is a multiple of the tallest tile, so that no tile is cut in two.
@@ -165,6 +166,8 @@ def backward(
     activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
     need_x, need_w1, need_w2, need_b1, need_b2 = wanted.needs
     need_d_pre = need_x or need_w1 or need_b1
+    if group is not None:
+        agree_on_gradient(group, dy, not call.sequence_parallel)
     kernels = ops.kernels(dy, x, w1, w2, b1)
     x, w1, w2 = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
     own_dy = dy = _rows(dy, dtype)

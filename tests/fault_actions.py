@@ -1,0 +1,231 @@
+"""What a rank does wrong, for fault_cases.py: functions that run on every rank of a group, of which one misbehaves."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from ffn_cases import draw, shards
+
+import tpffn_triton as tp
+from tpffn_triton import native, passes
+from tpffn_triton.reference import ffn_reference
+
+H, F, TOKENS = 32, 48, 6
+
+
+class Context:
+    """A rank of a fault's group; seen: what its calls since `go` computed; since: the time of `go`."""
+
+    def __init__(self, rank: int, world_size: int, victim: bool, group: dist.ProcessGroup, seconds: float) -> None:
+        self.rank, self.world_size, self.victim, self.group, self.seconds = rank, world_size, victim, group, seconds
+        self.seen: list[str] = []
+        self.since = 0.0
+
+    def go(self) -> None:
+        """Wait for all ranks: the fault comes now."""
+        dist.barrier()
+        self.seen, self.since = [], time.monotonic()
+
+    def call(self, *, tokens=TOKENS, H=H, dtype=torch.float32, activation="gelu", seed=0, alter=None, grad=True):
+        """Return (y, leaves, problem) of a call; alter(leaves) changes this rank's."""
+        problem = draw((tokens,), H, F, dtype=dtype, activation=activation, seed=seed)
+        w1, b1, w2, b2 = shards(problem, self.rank, self.world_size)
+        leaves = {"x": problem.x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
+        if alter is not None:
+            leaves |= alter(leaves)
+        leaves = {name: t.detach().clone().requires_grad_(grad) for name, t in leaves.items()}
+        return tp.ffn(**leaves, activation=activation, tp_group=self.group), leaves, problem
+
+    def step(self, *, dy=lambda dy: dy, before_backward=lambda y: None, **options) -> None:
+        """Make a call and its backward; note down whether they are right."""
+        y, leaves, problem = self.call(**options)
+        self.compare("y", y, ffn_reference(*problem.leaves(), activation=problem.activation))
+        if not y.requires_grad:
+            return
+        before_backward(y)
+        y.backward(dy(problem.dy))
+        full = [t.clone().requires_grad_() for t in problem.leaves()]
+        ffn_reference(*full, activation=problem.activation).backward(problem.dy)
+        self.compare("dx", leaves["x"].grad, full[0].grad)
+
+    def compare(self, name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
+        verdict = "WRONG"
+        if mine.isnan().any():
+            verdict = "NaN"
+        elif mine.shape == right.shape and torch.allclose(mine, right, rtol=0.05, atol=0.05):
+            verdict = "right"
+        self.seen.append(f"{name} {verdict}")
+
+
+class UserError(Exception):
+    """Raised by a fault in place of a user's mistake."""
+
+
+def killed(c: Context) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stopped(c: Context) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleeps(c: Context) -> None:
+    time.sleep(c.seconds + 2)
+
+
+def exits(c: Context) -> None:
+    os._exit(1)
+
+
+def raises(c: Context) -> None:
+    raise UserError("a mistake in user code")
+
+
+def before_the_call(c: Context, act, known=()) -> None:
+    for options in known:
+        c.step(**options)
+    c.go()
+    if c.victim:
+        act(c)
+    c.step()
+
+
+def before_the_backward(c: Context, act) -> None:
+    c.step()
+    c.go()
+    c.step(before_backward=lambda y: act(c) if c.victim else None)
+
+
+def inside_the_backward(c: Context, act) -> None:
+    c.step()
+    c.go()
+    c.step(before_backward=lambda y: y.register_hook(lambda dy: act(c) if c.victim else None))
+
+
+def during_the_all_reduce(c: Context) -> None:
+    tokens = 100_000  # 12.8 MB
+    c.step(tokens=tokens)
+    c.go()
+    if c.victim:
+        started = passes.all_reduce
+        passes.all_reduce = lambda t, group: (passes.start_all_reduce(t, group), killed(c), started)
+    c.step(tokens=tokens)
+
+
+def out_of_memory(c: Context, kernel: str) -> None:
+    """The victim's kernel of that name fails."""
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    c.step()
+    c.go()
+    if c.victim:
+        setattr(native, kernel, fail)
+    c.step()
+
+
+def differs(c: Context, wrong: dict, known=({},), then=0) -> None:
+    """The victim's call has other options; `then` calls as everybody's follow, whatever has happened."""
+    for options in known:
+        c.step(**options)
+    c.go()
+    try:
+        c.step(**(wrong if c.victim else {}))
+    except (TypeError, ValueError):
+        if not then:
+            raise
+    for _ in range(then):
+        c.step()
+
+
+def changes_apart(c: Context) -> None:
+    """Every rank's call is longer than the one before, the victim's by more."""
+    for tokens in (4, 5, 6):
+        c.step(tokens=tokens)
+    c.go()
+    c.step(tokens=5 if c.victim else 4)
+
+
+def one_call_fewer(c: Context) -> None:
+    c.step(grad=False)
+    c.go()
+    for seed in (1, 2, 3):
+        if not (c.victim and seed == 2):
+            c.step(seed=seed, grad=False)
+
+
+def one_layer_fewer(c: Context) -> None:
+    layers = [{"grad": False}, {"grad": False, "activation": "relu"}]
+    for options in layers * 3:
+        c.step(**options)
+    c.go()
+    for options in layers[1:] if c.victim else layers:
+        c.step(**options)
+
+
+def no_backward(c: Context) -> None:
+    c.step()
+    c.go()
+    y, *_ = c.call()
+    if not c.victim:
+        y.sum().backward()
+
+
+def drifted_bias(c: Context) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(tp.TensorParallelFFN(H, F, tp_group=c.group), torch.nn.ReLU())
+    model(torch.ones(4, H))
+    if c.victim:
+        with torch.no_grad():
+            model[0].linear_fc2.bias[3] += 1e-6
+    model(torch.ones(4, H))
+    c.go()
+    tp.compare_ranks(model)
+
+
+def drifted_model(c: Context, shape) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(tp.TensorParallelFFN(H, shape if c.victim else F, tp_group=c.group))
+    c.go()
+    tp.compare_ranks(model)
+
+
+def poison(name: str) -> Callable[[dict], dict]:
+    """Return what puts one NaN into leaves[name]."""
+
+    def alter(leaves: dict) -> dict:
+        t = leaves[name].clone()
+        t.view(-1)[3] = float("nan")
+        return {name: t}
+
+    return alter
+
+
+def nudge(name: str) -> Callable[[dict], dict]:
+    """Return what changes one bit of leaves[name]."""
+
+    def alter(leaves: dict) -> dict:
+        t = leaves[name].clone()
+        t.view(-1).view(torch.int32)[3] ^= 1
+        return {name: t}
+
+    return alter
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """Return t's values with strides that no collective may see."""
+    return t.t().contiguous().t()
+
+
+def zero_stride(c: Context) -> None:
+    """A dy as y.sum().backward() makes it."""
+    c.go()
+    y, leaves, problem = c.call()
+    y.sum().backward()
+    full = [t.clone().requires_grad_() for t in problem.leaves()]
+    ffn_reference(*full, activation=problem.activation).sum().backward()
+    c.compare("dx", leaves["x"].grad, full[0].grad)
