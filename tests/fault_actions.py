@@ -29,27 +29,43 @@ class Context:
         dist.barrier()
         self.seen, self.since = [], time.monotonic()
 
-    def call(self, *, tokens=TOKENS, H=H, dtype=torch.float32, activation="gelu", seed=0, alter=None, grad=True):
-        """Return (y, leaves, problem) of a call; alter(leaves) changes this rank's."""
+    def own(self, t: torch.Tensor, sequence_parallel=False, **_) -> torch.Tensor:
+        """Return this rank's tokens of t."""
+        return t.chunk(self.world_size)[self.rank] if sequence_parallel else t
+
+    def call(
+        self,
+        *,
+        tokens=TOKENS,
+        H=H,
+        dtype=torch.float32,
+        activation="gelu",
+        seed=0,
+        alter=None,
+        grad=True,
+        frozen=(),
+        **options,
+    ):
+        """Return (y, leaves, problem) of a call; alter(leaves) changes this rank's, options are ffn's others."""
         problem = draw((tokens,), H, F, dtype=dtype, activation=activation, seed=seed)
         w1, b1, w2, b2 = shards(problem, self.rank, self.world_size)
-        leaves = {"x": problem.x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
+        leaves = {"x": self.own(problem.x, **options), "w1": w1, "w2": w2, "b1": b1, "b2": b2}
         if alter is not None:
             leaves |= alter(leaves)
-        leaves = {name: t.detach().clone().requires_grad_(grad) for name, t in leaves.items()}
-        return tp.ffn(**leaves, activation=activation, tp_group=self.group), leaves, problem
+        leaves = {name: t.detach().clone().requires_grad_(grad and name not in frozen) for name, t in leaves.items()}
+        return tp.ffn(**leaves, activation=activation, tp_group=self.group, **options), leaves, problem
 
     def step(self, *, dy=lambda dy: dy, before_backward=lambda y: None, **options) -> None:
         """Make a call and its backward; note down whether they are right."""
         y, leaves, problem = self.call(**options)
-        self.compare("y", y, ffn_reference(*problem.leaves(), activation=problem.activation))
+        self.compare("y", y, self.own(ffn_reference(*problem.leaves(), activation=problem.activation), **options))
         if not y.requires_grad:
             return
         before_backward(y)
-        y.backward(dy(problem.dy))
+        y.backward(dy(self.own(problem.dy, **options)))
         full = [t.clone().requires_grad_() for t in problem.leaves()]
         ffn_reference(*full, activation=problem.activation).backward(problem.dy)
-        self.compare("dx", leaves["x"].grad, full[0].grad)
+        self.compare("dx", leaves["x"].grad, self.own(full[0].grad, **options))
 
     def compare(self, name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
         verdict = "WRONG"
@@ -84,13 +100,13 @@ def raises(c: Context) -> None:
     raise UserError("a mistake in user code")
 
 
-def before_the_call(c: Context, act, known=()) -> None:
-    for options in known:
-        c.step(**options)
+def before_the_call(c: Context, act, known=(), **options) -> None:
+    for before in known:
+        c.step(**before)
     c.go()
     if c.victim:
         act(c)
-    c.step()
+    c.step(**options)
 
 
 def before_the_backward(c: Context, act) -> None:
@@ -110,8 +126,8 @@ def during_the_all_reduce(c: Context) -> None:
     c.step(tokens=tokens)
     c.go()
     if c.victim:
-        started = passes.all_reduce
-        passes.all_reduce = lambda t, group: (passes.start_all_reduce(t, group), killed(c), started)
+        start = passes.start_all_reduce
+        passes.start_all_reduce = lambda t, group: (start(t, group), killed(c))[0]
     c.step(tokens=tokens)
 
 
@@ -128,18 +144,18 @@ def out_of_memory(c: Context, kernel: str) -> None:
     c.step()
 
 
-def differs(c: Context, wrong: dict, known=({},), then=0) -> None:
+def differs(c: Context, wrong: dict, known=({},), then=0, **right) -> None:
     """The victim's call has other options; `then` calls as everybody's follow, whatever has happened."""
     for options in known:
         c.step(**options)
     c.go()
     try:
-        c.step(**(wrong if c.victim else {}))
+        c.step(**(wrong if c.victim else right))
     except (TypeError, ValueError):
         if not then:
             raise
     for _ in range(then):
-        c.step()
+        c.step(**right)
 
 
 def changes_apart(c: Context) -> None:

@@ -59,6 +59,10 @@ NO_MEMORY = r".*rank 1 raised OutOfMemoryError"
 USER, BAD_X = "UserError", r"ValueError: x must be \[..., H=32\]"
 REPORTED = GONE + r".*\n  rank 1 rejected: x must be"
 SHORT_X = {"alter": lambda leaves: {"x": leaves["x"][:, 1:]}}
+SLICES, FP32, CHUNKS = {"sequence_parallel": True}, {"reduce_dtype": torch.float32}, {"forward_chunks": 2}
+CUT = SLICES | {"alter": lambda leaves: {"x": leaves["x"][1:]}}
+SLICED = DISAGREE + r"rank 0: x \[3, 32\].*rank 1: x \[2, 32\]"
+FROZEN = SLICES | {"frozen": ("w1",)}
 
 FAULTS = [
     # gone
@@ -128,6 +132,24 @@ FAULTS = [
     ),
     Fault("no gradient on one rank, first call", P(differs, wrong={"grad": False}, known=FIRST), SHAPES, SHAPES),
     Fault("gradient on one rank, later call", P(differs, wrong={"grad": False}), GONE, GONE),
+    # sequence parallelism and other options
+    Fault("slices: killed before a later call", P(before_the_call, act=killed, known=[SLICES], **SLICES), CLOSED),
+    Fault("slices: sleeps before a later call", P(before_the_call, act=sleeps, known=[SLICES], **SLICES), GONE, LATE),
+    Fault("slices: of another size, first call", P(differs, wrong=CUT, known=FIRST, **SLICES), SLICED, SLICED),
+    Fault("slices: of another size, later call", P(differs, wrong=CUT, known=[SLICES], **SLICES), GONE, GONE),
+    Fault("slices on one rank, first call", P(differs, wrong=SLICES, known=FIRST), DISAGREE, DISAGREE),
+    Fault("slices on one rank, known to the group", P(differs, wrong=SLICES, known=[SLICES, {}]), GONE, GONE),
+    Fault("w1 frozen on one rank, slices", P(differs, wrong=FROZEN, known=FIRST, **SLICES), DISAGREE, DISAGREE),
+    Fault("reduce_dtype on one rank, first call", P(differs, wrong=B | FP32, known=FIRST, **B), DISAGREE, DISAGREE),
+    Fault("reduce_dtype on one rank, later call", P(differs, wrong=B | FP32, known=[B], **B), GONE, GONE),
+    Fault("forward_chunks on one rank, first call", P(differs, wrong=CHUNKS, known=FIRST), DISAGREE, DISAGREE),
+    Fault(
+        "slices: NaN in x, comparing every call",
+        P(differs, wrong=SLICES | {"alter": poison("x")}, known=[SLICES], **SLICES),
+        FINITE.format("x"),
+        DISAGREE,
+        every_call=True,
+    ),
     # other values
     Fault("b2, first call", P(differs, wrong={"alter": nudge("b2")}, known=FIRST), BITS.format("b2"), DISAGREE),
     Fault("b2 drifts later", P(differs, wrong={"alter": nudge("b2")}), RIGHT, RIGHT),

@@ -147,7 +147,8 @@ class GroupStore:
                 found.append(f"rank {rank} {self._store.get(note).decode()}")
             elif self._store.check([waiting]):
                 facts = json.loads(self._store.get(waiting))
-                found.append(f"rank {rank} is waiting to compare {next(iter(facts.values()), 'nothing')}")
+                doing = facts.get(GAVE_UP) or f"is waiting to compare {next(iter(facts.values()), 'nothing')}"
+                found.append(f"rank {rank} {doing}")
         return found
 
     def _ask(self, seconds: float, function: Callable[..., T], *args: Any) -> T:
