@@ -44,7 +44,8 @@ def test_example_runs_as_written(tmp_path):
 
 
 def test_plan_command_gives_the_numbers_in_the_text():
-    (command,) = re.findall(r"^    (python -m tpffn_triton plan .*)$", README, re.MULTILINE)
+    command, sweep = re.findall(r"^    (python -m tpffn_triton plan .*)$", README, re.MULTILINE)
+    assert "<- best" in run(sys.executable, *sweep.split()[1:])
     output = run(sys.executable, *command.split()[1:])
     for number in ("1,048,576", "1,572,864", "6,291,456"):
         assert number in README
@@ -55,10 +56,12 @@ def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make (\w+)`", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    flags = run(sys.executable, "bench/ffn_bench.py", "--help")
-    for command in re.findall(r"bench/ffn_bench\.py (.*)$", README, re.MULTILINE):
-        for flag in re.findall(r"--\w+", command):
-            assert flag in flags, flag
+    commands = re.findall(r"^    .*?((?:bench|tests|examples)/\w+\.py)(.*)$", README, re.MULTILINE)
+    assert len(commands) > 5
+    for script in {script for script, _ in commands}:
+        known = run(sys.executable, script, "--help")
+        for flag in re.findall(r"--[\w-]+", " ".join(flags for other, flags in commands if other == script)):
+            assert flag in known, (script, flag)
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
 
