@@ -12,8 +12,10 @@ on a CPU operators) in lane "compute", gloo's and NCCL's work in lane "collectiv
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
@@ -194,6 +196,10 @@ def timeline(rank: Rank, step: Step, trace: str | None) -> dict[str, Any]:
                 torch.cuda.synchronize()
         if last and trace:
             profile.export_chrome_trace(trace)
+            written = json.loads(Path(trace).read_text())
+            Path(trace).write_text(
+                json.dumps(written | {"traceName": Path(trace).name}) + "\n"
+            )  # it held the whole path
     spans = spans_of(profile, rank.device.type)
     collective = [span for span in spans if span[1] == "collective"]
     wgrads = [span for span in spans if "wgrad" in span[0]]
