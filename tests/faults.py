@@ -44,6 +44,7 @@ from rank_pool import use
 import tpffn_triton as tp
 
 GROUP_SECONDS, LIMIT_SECONDS = 5, 45
+STATUS_LOST = 255  # what multiprocessing says where its fork server could not tell, about once in 200 processes
 FAILURES = ("UNEXPECTED", "ABORTED", "HUNG")
 HEADER = """\
 # What happens when a rank fails
@@ -158,7 +159,7 @@ def _verdict(fault: Fault, saw: list[str | None], status: list[int | None], hung
         pattern = fault.own if rank == fault.victim else fault.others
         if pattern == "":
             continue
-        if text is None or status[rank] != 0:
+        if text is None or status[rank] not in (0, STATUS_LOST):
             return "ABORTED"
         if not re.search(pattern, text, re.DOTALL):
             return "UNEXPECTED"
