@@ -97,13 +97,20 @@ MUTANTS = {
     ],
     "tpffn_triton/replicated_grads.py": [
         ("marked parameters left out", 'getattr(parameter, "sequence_parallel", False)', "False", SUMMED),
+        ("main_grad left out", 'getattr(parameter, "main_grad", None)', "None", SUMMED),
+        ("gradients not compared", "if _compared.get(group) != text:", "if False:", SUMMED),
         (
             "a bias without its mark left out",
             "or id(parameter) in biases",
             "",
             "test_sequence_parallel.py -k without_its_mark",
         ),
-        ("missing gradient not sent", "parameter.grad = torch.zeros_like(parameter)", "continue", SUMMED),
+        (
+            "missing gradient not written back",
+            "gradient = parameter.grad = torch.zeros_like(parameter)",
+            "gradient = torch.zeros_like(parameter)",
+            SUMMED,
+        ),
     ],
     "tpffn_triton/module.py": [
         ("mark lost by from_dense", "layer._mark_replicated()", "pass", MARK),

@@ -189,6 +189,10 @@ def gradients_of_regions(rank, world_size):
         assert torch.equal(out, y)
         assert torch.equal(leaf.grad, dx)
         assert region(x, None) is x
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(region(leaf, group).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_gradients_of_regions(ranks_of):
@@ -218,7 +222,20 @@ def reduced_gradients(rank, world_size):
     with pytest.raises(ValueError, match=r"layers of 2 tensor-parallel groups \(.*\): give tp_group"):
         tp.reduce_replicated_grads(pair)
     tp.reduce_replicated_grads(pair, group)
+    # Layers without sequence parallelism do not count.
+    tp.reduce_replicated_grads(nn.ModuleList([pair[0], Block(dist.new_group(list(range(world_size))), False).ffn]))
     tp.reduce_replicated_grads(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"no TensorParallelFFN with sequence_parallel beside weight, bias: give"):
+        tp.reduce_replicated_grads(pair[0].norm)
+    moved = Block(group, True)
+    moved.norm.requires_grad_(False)
+    moved.ffn.linear_fc2.bias.main_grad = torch.full((32,), rank + 1.0)  # Megatron-LM's DDP moves gradients there
+    tp.reduce_replicated_grads(moved)
+    assert moved.ffn.linear_fc2.bias.grad is None
+    assert (moved.ffn.linear_fc2.bias.main_grad == total).all()
+    moved.ffn.linear_fc2.bias.requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match=r"disagree:\n  rank 0: gradients of ffn.*\n  rank 1: gradients of nothing"):
+        tp.reduce_replicated_grads(moved, dist.new_group(list(range(world_size))))
 
 
 def bias_without_its_mark(rank, world_size):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpffn_triton.collectives import all_gather, all_reduce, check_splits, reduce_scatter
 
@@ -40,6 +41,7 @@ class _CopyToRegion(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         return _sum_of(dx, ctx.group, ctx.consume), None, None
 
@@ -50,6 +52,7 @@ class _ReduceFromRegion(torch.autograd.Function):
         return _sum_of(partial, group, consume)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy, None, None
 
@@ -61,6 +64,7 @@ class _GatherFromRegion(torch.autograd.Function):
         return all_gather(x.contiguous(), group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         own = reduce_scatter(dy.contiguous(), ctx.group) if ctx.reduce_grad else _slice_of(dy, ctx.group)
         return own, None, None
@@ -73,6 +77,7 @@ class _ReduceScatterToRegion(torch.autograd.Function):
         return reduce_scatter(partial.contiguous(), group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return all_gather(dy.contiguous(), ctx.group), None
 
@@ -84,6 +89,7 @@ class _ScatterToRegion(torch.autograd.Function):
         return _slice_of(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return all_gather(dx.contiguous(), ctx.group), None
 
@@ -105,7 +111,7 @@ def reduce_from_tp_region(partial: Tensor, group: "dist.ProcessGroup | None", *,
 
 
 def gather_from_sp_region(x: Tensor, group: "dist.ProcessGroup | None", *, reduce_grad: bool = True) -> Tensor:
-    """Join slices [S/P, ...] to [S, ...].
+    """Join slices [S/P, ...] to [S, ...]. Slices have one size on all ranks; they are not compared.
 
     reduce_grad: what follows is tensor-parallel, each rank's gradient a term of a sum, which backward reduce-scatters;
     False: what follows is replicated, and backward keeps this rank's slice of a gradient that all ranks hold.
