@@ -85,8 +85,8 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
         raise ValueError(f"torchrun started {attached} ranks: --tp must be {attached}, got {shape.tp}")
     if device_type == "cuda" and attached is None and torch.cuda.device_count() < shape.tp:
         raise ValueError(f"P={shape.tp} needs {shape.tp} GPUs, found {torch.cuda.device_count()}")
-    if shape.batch % shape.tp:
-        raise ValueError(f"sequence parallelism cuts dim 0 of [B, S, H], {shape.batch}, into {shape.tp} parts")
+    if shape.tokens % shape.tp:
+        raise ValueError(f"sequence parallelism cuts B·S = {shape.tokens} tokens into {shape.tp} equal parts")
     for name, value in (("iters", args.iters), ("threads", args.threads)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

@@ -32,6 +32,7 @@ from workloads import Problem, Shape
 from tpffn_triton import collectives, ffn, passes
 
 CHUNKS = (1, 2, 4, 8)
+_BEGIN = "timeline"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
         "overlapped, slices": BackwardStep(on_slices, slices, rank.group, "fwd_bwd"),
     }
     chunked: dict[str, Step] = {
-        f"{n} chunk{'s' if n > 1 else ''}": Step(forward_of(forward_chunks=n), own, rank.group, "fwd") for n in CHUNKS
+        f"{n} chunk{'s' if n > 1 else ''}": Step(forward_of(forward_chunks=n), own, rank.group, "fwd")
+        for n in CHUNKS
+        if n == 1 or settings.shape.tokens >= n * passes.CHUNK_ROWS
     }
     in_bf16 = own_problem(rank, settings, "bf16")
     added: dict[str, Step] = {
@@ -189,9 +192,10 @@ def timeline(rank: Rank, step: Step, trace: str | None) -> dict[str, Any]:
     """Profile the step once, after a warm-up that the profiler sees as well; returns spans and their overlap in ms."""
     for last in (False, True):
         step.reset()
-        rank.barrier()
         with torch.profiler.profile() as profile:
-            step()
+            rank.barrier()  # inside: ranks do not start their profilers at the same time
+            with torch.profiler.record_function(_BEGIN):
+                step()
             if rank.device.type == "cuda":
                 torch.cuda.synchronize()
         if last and trace:
@@ -211,7 +215,8 @@ def timeline(rank: Rank, step: Step, trace: str | None) -> dict[str, Any]:
 
 
 def spans_of(profile: Any, device_type: str) -> list[tuple[str, str, float, float]]:
-    """Return what ran, by begin; the first begins at 0."""
+    """Return what the step ran, by begin; the step begins at 0."""
+    origin = next(event.time_range.start for event in profile.events() if event.name == _BEGIN) / 1e3
     wanted = torch.autograd.DeviceType.CUDA if device_type == "cuda" else torch.autograd.DeviceType.CPU
     found = []
     for event in profile.events():
@@ -220,5 +225,5 @@ def spans_of(profile: Any, device_type: str) -> list[tuple[str, str, float, floa
         if event.device_type == wanted and (is_collective or name.startswith("tpffn::") or device_type == "cuda"):
             lane = "collective" if is_collective else "compute"
             found.append((name.removeprefix("tpffn::"), lane, event.time_range.start / 1e3, event.time_range.end / 1e3))
-    origin = min((begin for _, _, begin, _ in found), default=0.0)
-    return sorted(((n, lane, b - origin, e - origin) for n, lane, b, e in found), key=lambda span: span[2])
+    # The barrier is a collective, too.
+    return sorted(((n, lane, b - origin, e - origin) for n, lane, b, e in found if b >= origin), key=lambda s: s[2])

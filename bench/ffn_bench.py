@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(DTYPES)} (default: fp32 on CPU, bf16 on CUDA); tf32: fp32 tensors, TF32 GEMMs, CUDA only",
     )
     what.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="default: %(default)s (erf)")
-    what.add_argument("--sequence-parallel", action="store_true", help="x and y are each rank's slice of dim 0, B")
+    what.add_argument("--sequence-parallel", action="store_true", help="x and y are each rank's part of the tokens")
     what.add_argument("--mode", choices=MODES, help="forward alone, or forward and backward (default: both)")
     what.add_argument("--impl", default="all", metavar="NAME,...", help="default: all that exist here")
     how = parser.add_argument_group("how")
@@ -139,8 +139,8 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
             )
     one_shard = [s for s in shapes if device_type == "cuda" and attached is None and torch.cuda.device_count() < s.tp]
     for shape in shapes if args.sequence_parallel else ():
-        if shape.batch % shape.tp:
-            raise ValueError(f"--sequence-parallel cuts dim 0 of [B, S, H], {shape.batch}, into {shape.tp} parts")
+        if shape.tokens % shape.tp:
+            raise ValueError(f"--sequence-parallel cuts B·S = {shape.tokens} tokens into {shape.tp} equal parts")
         if shape in one_shard:
             raise ValueError(f"--sequence-parallel needs {shape.tp} ranks: one rank's shard alone exchanges nothing")
     if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):

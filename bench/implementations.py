@@ -1,7 +1,7 @@
 """List what is compared: each implementation computes one rank's FFN on its shards.
 
     forward(x [B, S, H], w1 [F/P, H], b1 [F/P], w2 [H, F/P], b2 [H], group) -> y [B, S, H]
-    gated activations: w1 [2F/P, H], b1 [2F/P]; sequence_parallel: x, y [B/P, S, H]
+    gated activations: w1 [2F/P, H], b1 [2F/P]; sequence_parallel: x, y [B·S/P, H]
 
     unfused          F.linear, activation, F.linear: three torch operations; a gated activation is chunk, act and mul
     unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)

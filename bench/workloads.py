@@ -127,8 +127,8 @@ def shard(problem: Problem, rank: int, world_size: int, activation: str) -> Prob
 
 
 def own_tokens(problem: Problem, rank: int, world_size: int) -> Problem:
-    """Return rank's problem under sequence parallelism: with its slices of dim 0 of x and dy."""
-    x, dy = (t.detach().chunk(world_size)[rank].clone() for t in (problem.x, problem.dy))
+    """Return rank's problem under sequence parallelism: x and dy [B·S/P, H], its part of the tokens."""
+    x, dy = (t.detach().flatten(0, 1).chunk(world_size)[rank].clone() for t in (problem.x, problem.dy))
     return replace(problem, x=x.requires_grad_(), dy=dy)
 
 
@@ -137,18 +137,20 @@ def expected(
 ) -> dict[str, Tensor]:
     """Return what rank must get, in fp64: y, and in mode fwd_bwd dx, dw1, db1, dw2, db2, cut into shards; with
     sequence_parallel y, dx and db2 of its tokens."""
-    parts = world_size if sequence_parallel else 1
     wide = {name: t.detach().double().requires_grad_(mode == "fwd_bwd") for name, t in problem.leaves().items()}
     y = ffn_reference(**wide, activation=activation)
+
+    def part(t: Tensor) -> Tensor:
+        return t.flatten(0, 1).chunk(world_size)[rank] if sequence_parallel else t
+
     if mode == "fwd":
-        return {"y": y.chunk(parts)[rank % parts]}
+        return {"y": part(y)}
     y.backward(problem.dy.double())
     grads = {name: t.grad for name, t in wide.items() if t.grad is not None}
     full = (grads["w1"], grads["b1"], grads["w2"], grads["b2"])
     own = shard_ffn(*full, rank, world_size, activation=activation)
     named = dict(zip(("dw1", "db1", "dw2", "db2"), own, strict=True))
-    found = {"y": y.detach(), "dx": grads["x"]} | {name: t for name, t in named.items() if t is not None}
+    found = {"y": part(y.detach()), "dx": part(grads["x"])} | {name: t for name, t in named.items() if t is not None}
     if sequence_parallel:
-        found |= {name: found[name].chunk(parts)[rank] for name in ("y", "dx")}
-        found["db2"] = problem.dy.double().chunk(parts)[rank].flatten(0, -2).sum(0)
+        found["db2"] = part(problem.dy.double()).sum(0)
     return found

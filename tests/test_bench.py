@@ -164,7 +164,10 @@ def test_torchrun_ranks_are_joined_and_rank_0_alone_writes(tmp_path: Path) -> No
         (["--dtype", "tf32"], "needs a CUDA device"),
         (["--graph"], "--graph needs a CUDA device"),
         (["--iters", "0"], "--iters must be at least 1, got 0"),
-        (["--sequence-parallel", "--tp", "4"], "--sequence-parallel cuts dim 0 of [B, S, H], 2, into 4 parts"),
+        (
+            ["--sequence-parallel", "--batch", "3", "--seq", "3"],
+            "--sequence-parallel cuts B·S = 9 tokens into 4 equal parts",
+        ),
         (["--mode", "bwd"], "invalid choice: 'bwd'"),
         (["--json", "/dev/null/rows.json"], "cannot write /dev/null/rows.json"),
         (["--plot", "rows.bmp"], "--plot writes .png, .pdf or .svg"),
