@@ -1,6 +1,6 @@
 """Mistakes in what ranks exchange, for mutants.py to make: file → (name, text, replacement, tests that must notice)."""
 
-SLICES = "test_sequence_parallel.py -k 'slices_equal and 2- and float32-native and relu-'"
+SLICES = "test_sequence_parallel.py -k 'slices_equal and native-2 and float32 and relu-'"
 REGIONS = "test_sequence_parallel.py -k gradients_of_regions"
 BLOCK = "test_sequence_parallel.py -k block_between"
 SUMMED = "test_sequence_parallel.py -k summed_once"
@@ -11,14 +11,14 @@ MUTANTS = {
         ("x not gathered", "tokens = wait(_start_gather(tokens, call))", "pass", SLICES),
         (
             "slice of x for dw1",
-            "        if x is not None and not recompute:\n            x = _start_gather(x, call)",
-            "",
+            "    if slices and x is not None and not recompute:\n        x = _start_gather(x, call)",
+            "    recompute = True",
             SLICES,
         ),
         (
             "x waited for before dgrad",
-            "    if need_d_pre or need_w2:\n        dy = _arrived(dy, call)",
-            "    if need_d_pre or need_w2:\n        x = _arrived(x, call)\n        dy = _arrived(dy, call)",
+            "    if slices and x is not None and not recompute:\n        x = _start_gather(x, call)",
+            "    if slices and x is not None and not recompute:\n        x = wait(_start_gather(x, call))",
             "test_sequence_parallel.py -k in_flight",
         ),
         (
@@ -29,8 +29,8 @@ MUTANTS = {
         ),
         (
             "dy gathered for db2",
-            "        if need_d_pre or need_w2:\n            dy = _start_gather(dy, call)",
-            "        dy = _start_gather(dy, call)",
+            "    if slices and (need_d_pre or need_w2):\n        dy = _start_gather(dy, call)",
+            "    if slices:\n        dy = _start_gather(dy, call)",
             "test_sequence_parallel.py -k collectives_and",
         ),
         (

@@ -18,8 +18,8 @@ Megatron-LM's two linears are two autograd functions, so dx's all-reduce hides b
 every weight and bias gradient. Gradients nobody asks for are not computed, and what only they need is not saved.
 
 With sequence parallelism x [S/P, ...] is gathered before linear_act, and reduce-scatter takes the all-reduce's place.
-Backward gathers dy and, since the slice alone is kept, x: in flight until dw1 (recomputation: linear_act) needs it. db2
-is of this rank's tokens.
+Backward gathers dy and then, since the slice alone is kept, x: in flight behind linear_dact, dgrad and dw2. To compute
+again it needs x first; dy is then in flight behind linear_act. db2 is of this rank's tokens.
 
 With row chunks, y's all-reduce of each is in flight behind the GEMM of the next. With reduce_dtype the partial sums of
 y and dx are stored, sent and added in that dtype, and rounded once more at the end.
@@ -169,22 +169,23 @@ def backward(
     if group is not None:
         agree_on_gradient(group, dy, not call.sequence_parallel)
     kernels = ops.kernels(dy, x, w1, w2, b1)
-    x, w1, w2 = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
+    present: Any = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
+    x, w1, w2 = present
     own_dy = dy = _rows(dy, dtype)
     recompute = keep == "nothing" and (need_d_pre or need_w2)
-    if call.sequence_parallel:  # in the order in which they are needed
-        if recompute:
-            x = _start_gather(x, call)
-        if need_d_pre or need_w2:
-            dy = _start_gather(dy, call)
-        if x is not None and not recompute:
-            x = _start_gather(x, call)
+    slices = call.sequence_parallel
+    # One gather at a time: two at once would both come late.
+    if slices and recompute:
+        x = wait(_start_gather(x, call))
+    if slices and (need_d_pre or need_w2):
+        dy = _start_gather(dy, call)
     act, pre_act = (kept, None) if keep == "act" else (None, kept)
     if recompute:
-        x = _arrived(x, call)
         act, pre_act = kernels.linear_act(x, w1, _vector(b1, dtype), activation, need_d_pre)
-    if need_d_pre or need_w2:
-        dy = _arrived(dy, call)
+    if slices and (need_d_pre or need_w2):
+        dy = wait(dy)
+    if slices and x is not None and not recompute:
+        x = _start_gather(x, call)
     dx = dw1 = dw2 = db1 = db2 = None
     if need_d_pre:
         db1_dtype = wanted.dtypes[3] if need_b1 else None
@@ -197,7 +198,7 @@ def backward(
     if need_w2:
         dw2 = _weight_grad(kernels, dy, act, wanted, 1)
     if need_w1:
-        dw1 = _weight_grad(kernels, d_pre, x if recompute else _arrived(x, call), wanted, 0)
+        dw1 = _weight_grad(kernels, d_pre, wait(x) if slices and not recompute else x, wanted, 0)
     if need_b2:
         db2 = kernels.column_sum(own_dy, wanted.dtypes[4])
     if dx is not None:
@@ -208,11 +209,6 @@ def backward(
 def _start_gather(t: Any, call: Call) -> Tensor:
     """Begin to join this rank's rows with the others'."""
     return start_all_gather(t.contiguous(), call.group)
-
-
-def _arrived(t: Any, call: Call) -> Tensor:
-    """Return what a gather that backward started has joined; without sequence parallelism, what was there."""
-    return wait(t) if call.sequence_parallel else t
 
 
 def _weight_grad(kernels: Any, dy: Tensor, x: Tensor | None, wanted: Wanted, which: int) -> Tensor | None:
