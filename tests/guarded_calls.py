@@ -91,7 +91,12 @@ def main() -> None:
     if "--overrun" in sys.argv:
         # A tensor that claims one row more than its memory holds.
         short = randn(32, 32, dtype=torch.float32)
-        linear(short.as_strided((33, 32), (32, 1)), randn(32, 32, dtype=torch.float32), None, Config(32, 32, 32, 4, 2))
+        linear(
+            short.as_strided((33, 32), (32, 1)),
+            randn(32, 32, dtype=torch.float32),
+            None,
+            config=Config(32, 32, 32, 4, 2),
+        )
     print(f"{calls} calls")
 
 

@@ -73,8 +73,8 @@ def test_offsets_past_two_to_the_31(device):
         act, _ = linear_act(far, weight, bias, "relu", False, config)
         assert torch.equal(act, F.relu(F.linear(near, weight, bias)))
         assert torch.equal(wgrad(far, near, config=config), near.t() @ near)
-        assert torch.equal(linear(near, far, None, config), near @ near.t())
-        assert torch.equal(dgrad(near[:, :3].contiguous(), far, config), near[:, :3] @ near)
+        assert torch.equal(linear(near, far, None, config=config), near @ near.t())
+        assert torch.equal(dgrad(near[:, :3].contiguous(), far, config=config), near[:, :3] @ near)
     assert torch.equal(column_sum(far), near.sum(0))
 
 
