@@ -67,10 +67,21 @@ MUTANTS = {
     "bench/comm_fit.py": [
         (
             "absolute errors",
-            "lstsq(weighted, np.ones_like(t), rcond=None)",
-            "lstsq(np.stack([t**0, x], axis=1), t, rcond=None)",
-            "test_comm_bench.py -k noisy",
+            "return np.log(t / (ratios[:, None] + x))",
+            "return t * np.log(t / (ratios[:, None] + x))",
+            "test_comm_bench.py -k 'noise or recovers'",
         ),
-        ("negative α kept", "if offset < 0:", "if offset < -1e9:", "test_comm_bench.py -k never_negative"),
+        (
+            "α never 0",
+            "np.array([0.0, ratios[best]])",
+            "ratios[best : best + 1]",
+            "test_comm_bench.py -k never_negative",
+        ),
+        (
+            "slope by the mean time",
+            "np.exp(left[best].mean())",
+            "np.exp(left[best]).mean()",
+            "test_comm_bench.py -k noise",
+        ),
     ],
 }
