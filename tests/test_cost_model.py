@@ -76,6 +76,21 @@ def test_times_are_those_of_ncclGetAlgoTime_by_hand() -> None:
     assert (ways["ring"], ways["tree"]) == (pytest.approx(ring), pytest.approx(tree))
 
 
+def test_a_rank_a_node_by_hand() -> None:
+    """As above: with one rank a node a ring's steps take the tree's network latency; LL is capped by nodes and host."""
+    ndr = machine("infiniband-ndr")
+    for nodes, ll in ((2, 24.0), (4, 20.4)):
+        ring = 6.6 + 2 * (nodes - 1) * 5.0 + 65536 / (ll * nodes / (2 * (nodes - 1))) / 1e3
+        assert collective_us(ndr, "all_reduce", "ring", 65536, nodes) == pytest.approx(ring)
+    tree = 6.8 + 2 * 2 * 5.0 + 65536 / (0.92 * 48 / 3.8 / 2) / 1e3
+    assert collective_us(ndr, "all_reduce", "tree", 65536, 4) == pytest.approx(tree)
+    # Eight ranks share the node's cap.
+    network = machine("nvlink3").network
+    assert network is not None
+    (shared,) = (t for t in network.terms if t.source.endswith("ring, LL") and t.world_size == 3)
+    assert (shared.gb_per_s, shared.alpha_us) == (19.0 / 8, 2.7)
+
+
 @pytest.mark.parametrize(("kind", "algorithm"), WAYS)
 def test_one_rank_sends_nothing(kind: str, algorithm: str) -> None:
     assert rounds_and_bytes(kind, algorithm, 1000, 1) == (0, 0)

@@ -140,7 +140,7 @@ def test_link_adds_the_prediction_to_json_and_text(capsys: pytest.CaptureFixture
 
 def test_machine_file_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "here.json"
-    BY_HAND.save(path)
+    path.write_text(json.dumps(BY_HAND.to_dict()))
     assert command.main(["plan", *FOUR, "--machine", str(path), "--json"]) == 0
     us = json.loads(capsys.readouterr().out)["predicted"]["totals"]["us"]
     assert us == predict(plan_ffn(8, 128, 1024, 4096, 4), BY_HAND).total_us
