@@ -35,6 +35,10 @@ MUTANTS = {
             "test_cost_model.py -k cheapest",
         ),
     ],
+    "tpffn_triton/presets.py": [
+        ("rings' own latency with a rank a node", "5.0 if alone else 2.7", "2.7", "test_cost_model.py -k rank_a_node"),
+        ("LL's cap for every rank", "share = cap / ranks_per_node", "share = cap", "test_cost_model.py -k rank_a_node"),
+    ],
     "tpffn_triton/predict.py": [
         ("all communication hidden", "beside = min(us, ", "beside = max(us, ", PREDICTED),
         ("nothing slowed", "(1 - compute.overlap) * beside", "0 * beside", PREDICTED),

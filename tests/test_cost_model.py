@@ -76,7 +76,7 @@ def test_times_are_those_of_ncclGetAlgoTime_by_hand() -> None:
     assert (ways["ring"], ways["tree"]) == (pytest.approx(ring), pytest.approx(tree))
 
 
-def test_a_rank_a_node_by_hand() -> None:
+def test_one_rank_a_node_by_hand() -> None:
     """As above: with one rank a node a ring's steps take the tree's network latency; LL is capped by nodes and host."""
     ndr = machine("infiniband-ndr")
     for nodes, ll in ((2, 24.0), (4, 20.4)):
