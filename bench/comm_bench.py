@@ -117,16 +117,19 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
         sizes=(*sizes, most),
         cubes=cubes,
         dtypes=dtypes,
+        # A GPU's GEMMs that matter are those of the tensor cores; a CPU's are fp32.
+        overlapped_dtype=next((name for name in dtypes if cuda and DTYPES[name].itemsize == 2), dtypes[0]),
         copied=1 << (23 if args.quick else 30 if cuda else 26),
         rounds=args.rounds or (3 if args.quick else 30 if cuda else 15),
         command=command,
     )
 
 
-def table(rows: list[dict[str, Any]], machine: Machine) -> str:
+def table(results: list[dict[str, Any]], machine: Machine) -> str:
     """Return the collectives' rows, then what was fitted."""
     import tabulate
 
+    rows = [row for result in results for row in result["rows"]]
     shown = [
         (
             _shown(row["kind"]),
@@ -160,11 +163,11 @@ def table(rows: list[dict[str, Any]], machine: Machine) -> str:
                 ", ".join(f"{dtype} {1e3 * rate:.4g}" for dtype, rate in c.tflops),
                 f"{1e3 * c.tb_per_s:.3g}",
                 f"{c.launch_us:.1f}",
-                f"{c.overlap:.2f}",
+                "" if c.world_size == 1 else "{p50:.2f} [{p20:.2f}–{p80:.2f}]".format(**result["overlap"]),
             )
-            for c in machine.computes
+            for c, result in zip(machine.computes, results, strict=True)
         ],
-        ("P", "GFLOP/s a rank", "GB/s of memory", "launch, µs", "overlap"),
+        ("P", "GFLOP/s a rank", "GB/s of memory", "launch, µs", "overlap p50 [p20–p80]"),
         disable_numparse=True,
         colalign=("right", "left", "right", "right", "right"),
     )
@@ -201,9 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     rows = [row for result in results for row in result["rows"]]
-    print(table(rows, machine))
+    print(table(results, machine))
     if args.json:
-        details = {name: [result[name] for result in results] for name in ("gemms", "environment")}
+        details = {name: [result[name] for result in results] for name in ("gemms", "overlap", "environment")}
         written = {**machine.to_dict(), "rows": rows, **details}
         report.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
     if args.plot:

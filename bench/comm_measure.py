@@ -4,7 +4,8 @@
                   sizes: bytes of the full tensor. Not with one rank
     GEMMs         the package's linear, dgrad and wgrad on cubes, by dtype
     memory        a copy far larger than any cache; bytes read plus bytes written
-    overlap       a GEMM and an all-reduce that takes about as long: alone, and at the same time
+    overlap       a GEMM and an all-reduce that takes about as long: alone, and at the same time; each round's share of
+                  the shorter one that disappears
 
 Times are µs of one call: a loop of calls between barriers, the slowest rank's; quantiles over rounds in which the sizes
 take turns.
@@ -34,11 +35,13 @@ Jobs = dict[Any, tuple[Callable[[], object], int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: bytes of each message, side lengths of the GEMMs' cubes, bytes to copy, rounds."""
+    """What to measure: bytes of each message, side lengths and dtypes of the GEMMs' cubes, the dtype of the one that an
+    all-reduce runs beside, bytes to copy, rounds."""
 
     sizes: tuple[int, ...]
     cubes: tuple[int, ...]
     dtypes: tuple[str, ...]
+    overlapped_dtype: str
     copied: int
     rounds: int
     command: str
@@ -48,11 +51,13 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
     """Return {"rows": ..., "gemms": ..., "tb_per_s": ..., "overlap": ..., "environment": ...}."""
     torch.set_grad_enabled(False)
     rows = [] if rank.group is None else _collectives(rank, settings)
+    gemms = _gemms(rank, settings)
+    alone = dict.fromkeys(("p20", "p50", "p80"), 1.0)
     return {
         "rows": rows,
-        "gemms": _gemms(rank, settings),
+        "gemms": gemms,
         "tb_per_s": _copy_tb_per_s(rank, settings),
-        "overlap": 1.0 if rank.group is None else _overlap(rank, settings, rows),
+        "overlap": alone if rank.group is None else _overlap(rank, settings, rows, gemms),
         "environment": environment.describe(rank) | {"command": settings.command},
     }
 
@@ -97,11 +102,12 @@ def _collectives(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
     rank.say(f"P={rank.world_size}: {', '.join(KINDS)} of {settings.sizes[0]} to {settings.sizes[-1]} bytes")
     whole = 4 * rank.world_size
     sizes = [max(whole, size // whole * whole) for size in settings.sizes]
+    cuda = rank.device.type == "cuda"
     jobs: Jobs = {}
     for nbytes in sizes:
         t = torch.zeros(nbytes // 4, device=rank.device)
-        # Small ones in loops: a loop of one would measure the barrier's skew.
-        calls = max(1, min(10, (1 << 20) // nbytes))
+        # Small ones in loops: a loop of one would measure the barrier's skew, on a GPU the host's launch.
+        calls = max(1, min(20, (80 << 20) // nbytes) if cuda else min(10, (1 << 20) // nbytes))
         for kind in KINDS:
             jobs[kind, nbytes] = (collective(kind, t, rank), calls)
     times = interleaved(rank, jobs, settings.rounds)
@@ -120,7 +126,8 @@ def _gemms(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
         for side in settings.cubes:
             a, b = (torch.randn(side, side, device=rank.device).to(DTYPES[dtype]) for _ in range(2))
             kernels = ops.kernels(a, b)
-            calls = max(1, min(20, (1 << 9) // side))
+            # A GPU's kernels queue up: of few, the time would be the host's.
+            calls = 20 if rank.device.type == "cuda" else max(1, min(20, (1 << 9) // side))
             for name in ("linear", "dgrad", "wgrad"):
                 arguments = (a, b, None) if name == "linear" else (a, b)
                 jobs[dtype, name, side] = (_bound(getattr(kernels, name), arguments), calls)
@@ -132,7 +139,7 @@ def _gemms(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
         times |= interleaved(rank, chosen, settings.rounds) if chosen else {}
     torch.set_float32_matmul_precision(before)
     return [
-        {"dtype": dtype, "gemm": name, "flops": 2 * side**3, "us_p50": float(np.median(values))}
+        {"dtype": dtype, "gemm": name, "side": side, "flops": 2 * side**3, "us_p50": float(np.median(values))}
         for (dtype, name, side), values in times.items()
     ]
 
@@ -148,16 +155,28 @@ def _copy_tb_per_s(rank: Rank, settings: Settings) -> float:
     return 2 * settings.copied / float(np.median(times["copy"])) / 1e6
 
 
-def _overlap(rank: Rank, settings: Settings, rows: list[dict[str, Any]]) -> float:
-    """Return the share of the shorter one that disappears when a GEMM and an all-reduce run at the same time."""
+def nearest(
+    settings: Settings, rows: list[dict[str, Any]], gemms: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the wgrad, of the two largest cubes, and the all-reduce whose times are nearest; on a GPU in 16 bits."""
+    dtype = settings.overlapped_dtype
+    cubes = settings.cubes[-2:]
+    fitting = [row for row in gemms if (row["dtype"], row["gemm"]) == (dtype, "wgrad") and row["side"] in cubes]
+    pairs = [(gemm, row) for gemm in fitting for row in rows if row["kind"] == "all_reduce"]
+    return min(pairs, key=lambda pair: abs(np.log(pair[0]["us_p50"] / pair[1]["us_p50"])))
+
+
+def _overlap(
+    rank: Rank, settings: Settings, rows: list[dict[str, Any]], gemms: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Return quantiles of the share of the shorter one that disappears when a GEMM and an all-reduce run together."""
     assert rank.group is not None
-    side, group = settings.cubes[-1], rank.group
-    a, b = torch.randn(side, side, device=rank.device), torch.randn(side, side, device=rank.device)
+    group = rank.group
+    like, sent_like = nearest(settings, rows, gemms)
+    side = like["side"]
+    a, b = (torch.randn(side, side, device=rank.device).to(DTYPES[like["dtype"]]) for _ in range(2))
     gemm = _bound(ops.kernels(a, b).wgrad, (a, b))
-    gemm_us = float(np.median(interleaved(rank, {"gemm": (gemm, 1)}, 3)["gemm"]))
-    reductions = [row for row in rows if row["kind"] == "all_reduce"]
-    like = min(reductions, key=lambda row: abs(np.log(row["us_p50"] / gemm_us)))
-    t = torch.zeros(like["bytes"] // 4, device=rank.device)
+    t = torch.zeros(sent_like["bytes"] // 4, device=rank.device)
 
     def together() -> None:
         started = collectives.start_all_reduce(t, group)
@@ -165,6 +184,8 @@ def _overlap(rank: Rank, settings: Settings, rows: list[dict[str, Any]]) -> floa
         collectives.wait(started)
 
     jobs = {"gemm": (gemm, 1), "all_reduce": (collective("all_reduce", t, rank), 1), "both": (together, 1)}
-    times = interleaved(rank, jobs, 2 * settings.rounds)
-    alone, sent, both = (float(np.median(times[job])) for job in jobs)
-    return float(np.clip((alone + sent - both) / min(alone, sent), 0, 1))
+    times = interleaved(rank, jobs, 4 * settings.rounds)
+    # Round by round: other programs come and go between rounds more than within one.
+    alone, sent, both = (np.array(times[job]) for job in jobs)
+    shares = np.clip((alone + sent - both) / np.minimum(alone, sent), 0, 1)
+    return dict(zip(("p20", "p50", "p80"), np.quantile(shares, (0.2, 0.5, 0.8)).tolist(), strict=True))

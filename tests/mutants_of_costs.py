@@ -6,14 +6,28 @@ PREDICTED = "test_predict.py -k 'by_hand or overlap or chunk'"
 MUTANTS = {
     "tpffn_triton/cost_model.py": [
         ("ring one round short", '"ring": (2 * (p - 1)', '"ring": (2 * (p - 2)', BY_HAND),
-        ("tree of P-1 levels", "2 * (p - 1).bit_length()", "2 * (p - 1)", BY_HAND),
+        ("a chain between nodes too", "if between_nodes else p - 1)", "if False else p - 1)", BY_HAND),
+        ("a binary tree within a node", "if between_nodes else p - 1)", "if True else p - 1)", BY_HAND),
         ("one-shot sends the tensor once", "(1, (p - 1) * nbytes)", "(1, nbytes)", BY_HAND),
         ("the slowest protocol", "return min(times) if", "return max(times) if", "test_cost_model.py -k protocol"),
-        ("whole tensor between nodes", "nbytes / local, nodes)", "nbytes, nodes)", BY_HAND),
+        ("whole tensor between nodes", "nbytes / local, nodes, ", "nbytes, nodes, ", BY_HAND),
         ("launch forgotten", " + compute.launch_us", "", BY_HAND),
         ("memory never the bound", "return max(arithmetic_us, ", "return max(arithmetic_us, 0 * ", BY_HAND),
-        ("every chunk hides", "(chunks - 1) * overlap", "chunks * overlap", BY_HAND),
-        ("chunks pay no second read of w2", " + hidden * shard_features +", " +", PREDICTED),
+        ("every chunk hides", "map(min, times, gemms[1:])", "map(min, times, gemms)", BY_HAND),
+        (
+            "chunks of any height",
+            "-(-each // CHUNK_ROWS) * CHUNK_ROWS",
+            "each",
+            "test_cost_model.py -k rows_of",
+        ),
+        ("y written in the GEMM's dtype", "read + nbytes))", "read + rows * hidden * itemsize))", BY_HAND),
+        (
+            "symmetric memory taken for granted",
+            "algorithms: tuple[str, ...] | None = LIBRARY_ALGORITHMS,\n) -> int:",
+            "algorithms: tuple[str, ...] | None = None,\n) -> int:",
+            "test_predict.py -k automatic",
+        ),
+        ("chunks pay no second read of w2", " + hidden * shard_features)", ")", PREDICTED),
         (
             "chunks reduced in the GEMM's dtype",
             "(reduced_itemsize or itemsize)",
@@ -21,8 +35,13 @@ MUTANTS = {
             "test_cost_model.py -k cheapest",
         ),
     ],
+    "tpffn_triton/presets.py": [
+        ("rings' own latency with a rank a node", "5.0 if alone else 2.7", "2.7", "test_cost_model.py -k rank_a_node"),
+        ("LL's cap for every rank", "share = cap / ranks_per_node", "share = cap", "test_cost_model.py -k rank_a_node"),
+    ],
     "tpffn_triton/predict.py": [
-        ("all communication hidden", "exposed = us - compute.overlap * min(us, ", "exposed = us - max(us, ", PREDICTED),
+        ("all communication hidden", "beside = min(us, ", "beside = max(us, ", PREDICTED),
+        ("nothing slowed", "(1 - compute.overlap) * beside", "0 * beside", PREDICTED),
         ("room for every P", "if plan.tp > room:", "if plan.tp < 0:", "test_predict.py -k more_ranks"),
     ],
     "tpffn_triton/plan_communication.py": [
@@ -52,10 +71,21 @@ MUTANTS = {
     "bench/comm_fit.py": [
         (
             "absolute errors",
-            "lstsq(weighted, np.ones_like(t), rcond=None)",
-            "lstsq(np.stack([t**0, x], axis=1), t, rcond=None)",
-            "test_comm_bench.py -k noisy",
+            "return np.log(t / (ratios[:, None] + x))",
+            "return t * np.log(t / (ratios[:, None] + x))",
+            "test_comm_bench.py -k 'noise or recovers'",
         ),
-        ("negative α kept", "if offset < 0:", "if offset < -1e9:", "test_comm_bench.py -k never_negative"),
+        (
+            "α never 0",
+            "np.array([0.0, ratios[best]])",
+            "ratios[best : best + 1]",
+            "test_comm_bench.py -k never_negative",
+        ),
+        (
+            "slope by the mean time",
+            "np.exp(left[best].mean())",
+            "np.exp(left[best]).mean()",
+            "test_comm_bench.py -k noise",
+        ),
     ],
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,7 +77,7 @@ def test_fit_recovers_alpha_and_beta(kind: str, p: int, alpha: float, gb_per_s: 
 
 
 def test_fit_of_noisy_times_is_close_at_both_ends() -> None:
-    """Weighted by relative error: plain least squares would leave α to the noise of the largest message."""
+    """Of logarithms: plain least squares would leave α to the noise of the largest message."""
     rows = rows_of("all_reduce", 4, 100.0, 2.0, noise=0.1)
     term = comm_fit.fit_collective(rows)
     assert term.alpha_us == pytest.approx(100, rel=0.1)
@@ -84,10 +85,47 @@ def test_fit_of_noisy_times_is_close_at_both_ends() -> None:
     assert max(abs(row["fit_error"]) for row in rows) < 0.2
 
 
+def test_fit_has_no_bias_under_noise_that_multiplies() -> None:
+    """Divided by the measured time instead, times that are too long would hardly count: offset and slope too low."""
+    x = np.array([2.0**power for power in range(12, 25)])
+    random = np.random.default_rng(0)
+    fits = [comm_fit.fit_line([*x], [*((500 + x / 500) * np.exp(random.normal(0, 0.5, x.size)))]) for _ in range(100)]
+    offset, slope = np.median(fits, axis=0)
+    assert offset == pytest.approx(500, rel=0.1)
+    assert slope == pytest.approx(1 / 500, rel=0.1)
+
+
+def test_fit_takes_times_that_grow_but_for_noise() -> None:
+    amounts, times = [2048.0, 16384.0, 131072.0, 524288.0], [1171.2, 1198.2, 810.5, 14103.0]
+    offset, slope = comm_fit.fit_line(amounts, times)
+    assert slope > 0
+    left = [np.log((offset + slope * a) / t) for a, t in zip(amounts, times, strict=True)]
+    assert sum(left) == pytest.approx(0, abs=1e-6)
+    assert comm_fit.fit_line([1, 2, 4], [5.0, 5.0, 5.0])[0] == pytest.approx(5, rel=1e-3)  # latency alone
+
+
+def test_overlap_is_measured_on_the_nearest_times() -> None:
+    settings = comm_measure.Settings((), (512, 1024, 2048), ("fp32", "bf16"), "bf16", 0, 1, "")
+    gemms = [
+        {"dtype": dtype, "gemm": name, "side": side, "us_p50": us * (1 if dtype == "bf16" else 7)}
+        for dtype in ("fp32", "bf16")
+        for name in ("linear", "wgrad")
+        for side, us in ((512, 10.0), (1024, 80.0), (2048, 640.0))
+    ]
+    rows = [
+        {"kind": kind, "bytes": nbytes, "us_p50": us}
+        for kind in ("all_gather", "all_reduce")
+        for nbytes, us in ((1, 10.0), (2, 70.0), (3, 500.0))
+    ]
+    gemm, row = comm_measure.nearest(settings, rows, gemms)
+    assert (gemm["dtype"], gemm["gemm"], gemm["side"]) == ("bf16", "wgrad", 1024)
+    assert (row["kind"], row["bytes"]) == ("all_reduce", 2)
+
+
 def test_fit_is_never_negative_and_refuses_what_does_not_grow() -> None:
     offset, slope = comm_fit.fit_line([1, 2, 4], [1.0, 2.5, 6.0])  # steeper than proportional
     assert offset == 0
-    assert slope == pytest.approx(1.25, rel=0.2)
+    assert slope == pytest.approx(1.25, rel=0.1)
     for amounts, times, shown in (
         ([1, 2], [3.0, 1.0], "times that do not grow"),
         ([1, 1], [1.0, 2.0], "two amounts"),
@@ -108,7 +146,13 @@ def result_of(p: int, gflops: float) -> dict[str, Any]:
     ]
     environment = {"ranks": p, "device": "CPU", "cores": 4, "collectives": "gloo" if p > 1 else None}
     environment["device_type"] = "cpu"
-    return {"rows": rows, "gemms": gemms, "tb_per_s": 0.02 / p, "overlap": 0.25, "environment": environment}
+    return {
+        "rows": rows,
+        "gemms": gemms,
+        "tb_per_s": 0.02 / p,
+        "overlap": {"p20": 0.1, "p50": 0.25, "p80": 0.3},
+        "environment": environment,
+    }
 
 
 def test_fitted_machine_predicts_the_times_it_was_fitted_to() -> None:
@@ -144,6 +188,9 @@ def test_two_ranks_measure_a_machine_that_plan_accepts(measured: SimpleNamespace
     machine = Machine.load(measured.path)
     assert {(t.kind, t.world_size) for t in machine.link.terms} == {(kind, 2) for kind in ALGORITHMS}
     assert [c.world_size for c in machine.computes] == [2]
+    (overlap,) = json.loads(measured.path.read_text())["overlap"]
+    assert 0 <= overlap["p20"] <= overlap["p50"] <= overlap["p80"] <= 1
+    assert machine.compute(2).overlap == overlap["p50"]
     data = json.loads(measured.path.read_text())
     assert {row["kind"] for row in data["rows"]} == {*ALGORITHMS}
     for row in data["rows"]:
@@ -257,6 +304,8 @@ def test_settings_reach_from_the_least_to_the_largest_message(no_gpu: None) -> N
     parser = comm_bench.build_parser()
     full = comm_bench.settings_of(parser.parse_args([]), "cpu", "")
     assert (full.sizes[0], full.sizes[-1], full.dtypes) == (4096, 16 << 20, ("fp32", "bf16"))
+    assert full.overlapped_dtype == "fp32"
+    assert comm_bench.settings_of(parser.parse_args([]), "cuda", "").overlapped_dtype == "bf16"
     assert list(full.sizes) == sorted(set(full.sizes))
     quick = comm_bench.settings_of(parser.parse_args(["--quick", "--max-bytes", "5000"]), "cpu", "")
     assert quick.sizes == (4096, 5000)

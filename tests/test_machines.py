@@ -24,13 +24,11 @@ MEASURED = Machine(
 
 
 @pytest.mark.parametrize("machine", [MEASURED, *map(presets.machine, presets.LINKS)], ids=lambda m: m.name)
-def test_a_saved_machine_comes_back_equal(machine: Machine, tmp_path: Path) -> None:
+def test_a_written_machine_comes_back_equal(machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    path.write_text("older")
-    machine.save(path)
+    path.write_text(json.dumps(machine.to_dict(), allow_nan=False))
     assert Machine.load(path) == machine
     assert hash(Machine.load(path)) == hash(machine)
-    assert [p.name for p in tmp_path.iterdir()] == ["machine.json"]
 
 
 def test_other_keys_beside_the_machine_are_left_alone(tmp_path: Path) -> None:
@@ -121,19 +119,6 @@ def test_a_missing_file_is_named() -> None:
         Machine.load(Path("nowhere.json"))
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    MEASURED.save(path)
-    broken = replace(MEASURED, name=object())  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        broken.save(path)
-    assert Machine.load(path) == MEASURED
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        MEASURED.save(tmp_path / "folder")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "machine.json"]
-
-
 def test_machines_are_equal_by_every_constant() -> None:
     slower = replace(MEASURED, link=Link("gloo", (replace(MEASURED.link.terms[0], alpha_us=100.6),)))
     assert slower != MEASURED
@@ -148,6 +133,7 @@ def test_what_a_rank_computes_depends_on_how_many_there_are() -> None:
 def test_presets_take_another_gpu_and_refuse_unknown_names() -> None:
     assert presets.machine("nvlink4", "h200").compute(4) is presets.GPUS["NVIDIA H200"]
     assert presets.machine("nvlink5", ranks_per_node=72).ranks_per_node == 72
+    assert presets.machine("nvlink4", ranks_per_node=1).network == presets.LINKS["infiniband-ndr"]
     for arguments, shown in ((("nvlink9",), "unknown link 'nvlink9': one of nvlink3"), (("pcie4", "v100"), "'v100'")):
         with pytest.raises(ValueError, match=shown):
             presets.machine(*arguments)
@@ -172,16 +158,20 @@ def test_links_by_the_datasheets() -> None:
 
 
 def constants() -> list[str]:
-    """The presets' terms as docs/cost_model.md shows them."""
-    return [
-        f"| {link.name} | {term.algorithm} | {term.kind.replace('_', '-') or 'all'} | {term.base_us:g} | "
-        f"{term.alpha_us:g} | {term.gb_per_s:.4g} | {term.source} |"
-        for link in presets.LINKS.values()
-        for term in link.terms
-    ]
+    """The presets' terms as docs/cost_model.md shows them; [K]: for K nodes, the last for more too."""
+    networks = [presets.infiniband(name, 8) for name in ("infiniband-hdr", "infiniband-ndr")]
+    rows = []
+    for link in (*presets.LINKS.values(), *networks):
+        for term in link.terms:
+            algorithm = f"{term.algorithm} [{term.world_size}]" if term.world_size else term.algorithm
+            rows.append(
+                f"| {link.name} | {algorithm} | {term.kind.replace('_', '-') or 'all'} | {term.base_us:g} | "
+                f"{term.alpha_us:g} | {term.gb_per_s:.4g} | {term.source} |"
+            )
+    return rows
 
 
 def test_the_documentation_has_these_constants() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "cost_model.md").read_text()
-    shown = [line for line in text.splitlines() if line.startswith(tuple(f"| {name} | " for name in presets.LINKS))]
+    shown = [line for line in text.splitlines() if line.startswith(tuple(f"| {name}" for name in presets.LINKS))]
     assert [line for line in shown if "NCCL" in line] == constants()

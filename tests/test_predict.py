@@ -10,6 +10,7 @@ import pytest
 
 from tpffn_triton import __main__ as command
 from tpffn_triton import sweep
+from tpffn_triton.cost_model import LIBRARY_ALGORITHMS, chunk_rows, forward_chunks
 from tpffn_triton.machines import AlphaBeta, Compute, Link, Machine
 from tpffn_triton.plan import plan_ffn
 from tpffn_triton.predict import predict
@@ -45,10 +46,13 @@ def test_the_analysed_model_by_hand() -> None:
     assert {k.bound for k in p.kernels[:-1]} == {"arithmetic"}
 
 
-def test_without_overlap_everything_is_exposed() -> None:
-    p, half = (predict(plan_ffn(8, 128, 1024, 4096, 4), overlapping(share)) for share in (0.0, 0.5))
-    assert p.exposed_us("backward") == p.communication_us("backward") == pytest.approx(ALL_REDUCE)
-    assert half.exposed_us("backward") == pytest.approx(ALL_REDUCE - GEMM, rel=0.01)
+def test_without_overlap_nothing_is_saved_by_hand() -> None:
+    free, half, none = (predict(plan_ffn(8, 128, 1024, 4096, 4), overlapping(share)) for share in (1.0, 0.5, 0.0))
+    # Computation stands still as long either way; what runs beside it takes longer.
+    assert free.exposed_us("backward") == half.exposed_us("backward") == none.exposed_us("backward")
+    slowed = [p.slowed_us("backward") for p in (free, half, none)]
+    assert slowed == [0, pytest.approx(GEMM, rel=0.01), pytest.approx(2 * GEMM, rel=0.01)]
+    assert none.pass_us("backward") == pytest.approx(none.kernels_us("backward") + ALL_REDUCE)
 
 
 def test_sequence_parallel_by_hand() -> None:
@@ -64,11 +68,41 @@ def test_chunks_hide_the_forward_all_reduce() -> None:
     p = predict(plan, BY_HAND, chunks=4)
     # The all-reduce outlasts the GEMM: only the first chunk's GEMM is in front of it.
     assert p.pass_us("forward") == pytest.approx(GEMM + GEMM / 4 + ALL_REDUCE, rel=1e-3)
+    assert p.exposed_us("forward") == pytest.approx(ALL_REDUCE - 3 * GEMM / 4, rel=1e-3)
+    half = predict(plan, overlapping(0.5), chunks=4)
+    assert half.exposed_us("forward") == p.exposed_us("forward")
+    assert half.slowed_us("forward") == pytest.approx(3 * GEMM / 8, rel=1e-3)
     assert predict(plan, BY_HAND, chunks=None).forward_chunks == 8
     assert predict(plan, overlapping(0), chunks=None).forward_chunks == 1
-    for chunks, sequence_parallel, shown in ((0, False, "got 0"), (1025, False, "1024 tokens"), (2, True, "got 2")):
+    for chunks, sequence_parallel, shown in ((0, False, "got 0"), (2, True, "got 2")):
         with pytest.raises(ValueError, match=shown):
             predict(plan_ffn(8, 128, 1024, 4096, 4, sequence_parallel=sequence_parallel), BY_HAND, chunks=chunks)
+
+
+def test_chunks_are_those_that_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """Multiples of 128 rows: of 1024 tokens 8, of 300 asked in 8 three."""
+    assert predict(plan_ffn(8, 128, 1024, 4096, 4), BY_HAND, chunks=2000).forward_chunks == 8
+    assert predict(plan_ffn(1, 300, 1024, 4096, 4), BY_HAND, chunks=8).forward_chunks == 3
+    assert predict(plan_ffn(1, 128, 1024, 4096, 4), BY_HAND, chunks=8) == predict(
+        plan_ffn(1, 128, 1024, 4096, 4), BY_HAND
+    )
+    assert command.main(["plan", *SIZES, "--tp", "1", "--link", "nvlink4", "--forward-chunks", "4"]) == 0
+    assert "chunk" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link", ["nvlink4", "pcie4"])
+def test_automatic_chunks_and_algorithms_are_those_of_ffn(link: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch", "8", "--seq", "2048", "--hidden", "8192", "--ffn", "28672", "--dtype", "bf16", "--tp", "8"]
+    assert command.main(["plan", *sizes, "--link", link, "--forward-chunks", "auto", "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)["predicted"]
+    chosen = forward_chunks(machine(link), 16384, 8192, 3584, 8, "bf16")  # as functional.py asks
+    assert predicted["forward_chunks"] == len(chunk_rows(16384, chosen)) > 1
+    assert {c["algorithm"] for c in predicted["collectives"]} <= {*LIBRARY_ALGORITHMS}
+    small = ["plan", *FOUR, "--link", link, "--json"]
+    for flags, used in (([], {"ring", "tree"}), (["--algorithm", "all"], {"one-shot", "two-shot"})):
+        assert command.main([*small, *flags]) == 0
+        found = {c["algorithm"] for c in json.loads(capsys.readouterr().out)["predicted"]["collectives"]}
+        assert found <= used
 
 
 def test_every_chunk_reads_the_whole_of_w2() -> None:
@@ -106,7 +140,7 @@ def test_link_adds_the_prediction_to_json_and_text(capsys: pytest.CaptureFixture
 
 def test_machine_file_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "here.json"
-    BY_HAND.save(path)
+    path.write_text(json.dumps(BY_HAND.to_dict()))
     assert command.main(["plan", *FOUR, "--machine", str(path), "--json"]) == 0
     us = json.loads(capsys.readouterr().out)["predicted"]["totals"]["us"]
     assert us == predict(plan_ffn(8, 128, 1024, 4096, 4), BY_HAND).total_us

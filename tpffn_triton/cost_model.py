@@ -4,7 +4,8 @@ One collective over P ranks, N the bytes of its full tensor (all-gather: its res
 
     kind                        algorithm   rounds        bytes a rank sends
     all_reduce                  ring        2(P-1)        2(P-1)/P · N
-                                tree        2⌈log₂ P⌉     2N
+                                tree        2(P-1)        2N                  within a node: a chain
+                                            2⌈log₂ P⌉     2N                  between nodes
                                 one-shot    1             (P-1) · N
                                 two-shot    2             2(P-1)/P · N
     all_gather, reduce_scatter  ring        P-1           (P-1)/P · N
@@ -12,8 +13,9 @@ One collective over P ranks, N the bytes of its full tensor (all-gather: its res
 
     time = base + rounds · α + bytes / β
 
-A tree is pipelined: every byte goes up and down once. One-shot: each rank reads every other's tensor and sums.
-Two-shot: a direct reduce-scatter, then a direct all-gather. Over K = P/L nodes of L ranks it is hierarchical:
+A tree is pipelined: every byte goes up and down once; NCCL's is a binary tree of nodes, in each a chain of ranks.
+One-shot: each rank reads every other's tensor and sums. Two-shot: a direct reduce-scatter, then a direct all-gather.
+Over K = P/L nodes of L ranks it is hierarchical:
 
     all_reduce      reduce-scatter of N in a node, all-reduce of N/L over K nodes, all-gather of N in a node
     all_gather      all-gather of N/L over K nodes, all-gather of N in a node; reduce_scatter the other way round
@@ -22,10 +24,10 @@ one-shot and two-shot go direct inside a node, ring and tree as a ring; the algo
 
 A kernel takes max(FLOPs / rate, HBM bytes / bandwidth) + launch.
 
-Linear2 in c row chunks: chunk i's all-reduce runs beside chunk i+1's GEMM. With g the time of a chunk's GEMM, a that of
-its all-reduce and o the machine's overlap, both together take g + a - o · min(g, a), so
+Linear2 in row chunks, each a multiple of 128 rows but for the last: chunk i's all-reduce runs beside chunk i+1's GEMM.
+With gᵢ the time of a chunk's GEMM, aᵢ that of its all-reduce and o the machine's overlap
 
-    time = c·g + c·a - (c-1) · o · min(g, a)
+    time = Σ gᵢ + Σ aᵢ - o · Σ min(aᵢ, gᵢ₊₁)
 
 Not modelled: skew between ranks, wave quantization, the SMs and the memory bandwidth that a collective takes from
 kernels (unless `overlap` was measured), network congestion, multimem (NVLS).
@@ -39,13 +41,14 @@ Pipelined trees: Sanders, Speck and Träff, "Two-tree algorithms for full bandwi
 from __future__ import annotations
 
 import functools
-import operator
 from dataclasses import dataclass
 
 from tpffn_triton.machines import ALGORITHMS, ITEMSIZE, Compute, Link, Machine, measured_at
 
 CHUNKS = (1, 2, 4, 8)
-# What a process group of NCCL or gloo may choose by itself; the others take symmetric memory.
+# A row chunk is a multiple of the tallest tile, so that no tile is cut in two.
+CHUNK_ROWS = 128
+# What a process group of NCCL or gloo may choose by itself, so what ffn() runs; the others take symmetric memory.
 LIBRARY_ALGORITHMS = ("ring", "tree")
 
 
@@ -57,7 +60,28 @@ class Choice:
     us: float
 
 
-def rounds_and_bytes(kind: str, algorithm: str, nbytes: float, world_size: int) -> tuple[int, float]:
+@dataclass(frozen=True)
+class Pipeline:
+    """Linear2 and its all-reduce in `chunks` row chunks, in µs.
+
+    gemms_us, all_reduces_us   of all chunks, each alone
+    beside_us                  of all-reduces and GEMMs in flight at the same time
+    algorithm                  of a whole chunk's all-reduce
+    """
+
+    chunks: int
+    gemms_us: float
+    all_reduces_us: float
+    beside_us: float
+    algorithm: str
+
+    def us(self, overlap: float) -> float:
+        return self.gemms_us + self.all_reduces_us - overlap * self.beside_us
+
+
+def rounds_and_bytes(
+    kind: str, algorithm: str, nbytes: float, world_size: int, between_nodes: bool = False
+) -> tuple[int, float]:
     """Return (rounds, bytes that one rank sends); see the module docstring. None for one rank.
 
     Raises: ValueError: no such kind or algorithm.
@@ -73,15 +97,17 @@ def rounds_and_bytes(kind: str, algorithm: str, nbytes: float, world_size: int) 
         return (p - 1 if algorithm == "ring" else 1), share
     return {
         "ring": (2 * (p - 1), 2 * share),
-        "tree": (2 * (p - 1).bit_length(), 2 * nbytes),
+        "tree": (2 * ((p - 1).bit_length() if between_nodes else p - 1), 2 * nbytes),
         "one-shot": (1, (p - 1) * nbytes),
         "two-shot": (2, 2 * share),
     }[algorithm]
 
 
-def link_us(link: Link, kind: str, algorithm: str, nbytes: float, world_size: int) -> float | None:
+def link_us(
+    link: Link, kind: str, algorithm: str, nbytes: float, world_size: int, between_nodes: bool = False
+) -> float | None:
     """Return the time on one link, by the fastest of its protocols; None where it has no such algorithm."""
-    rounds, sent = rounds_and_bytes(kind, algorithm, nbytes, world_size)
+    rounds, sent = rounds_and_bytes(kind, algorithm, nbytes, world_size, between_nodes)
     if rounds == 0:
         return 0.0
     terms = [t for t in link.terms if t.algorithm == algorithm and t.kind in ("", kind)]
@@ -111,7 +137,7 @@ def collective_us(machine: Machine, kind: str, algorithm: str, nbytes: float, wo
         raise ValueError(f"{world_size} ranks need {nodes} nodes of {machine.name}, which has no network")
     local = machine.ranks_per_node
     within = "ring" if algorithm in LIBRARY_ALGORITHMS else "direct"
-    stages = [link_us(machine.network, kind, algorithm, nbytes / local, nodes)]
+    stages = [link_us(machine.network, kind, algorithm, nbytes / local, nodes, between_nodes=True)]
     inside = ("reduce_scatter", "all_gather") if kind == "all_reduce" else (kind,)
     stages += [link_us(machine.link, stage, within, nbytes, local) for stage in inside]
     times = [us for us in stages if us is not None]
@@ -142,12 +168,14 @@ def kernel_us(compute: Compute, dtype: str, flops: float, hbm_bytes: float) -> f
     return max(arithmetic_us, hbm_bytes / compute.tb_per_s / 1e6) + compute.launch_us
 
 
-def chunked_us(gemm_us: float, all_reduce_us: float, chunks: int, overlap: float) -> float:
-    """Return the time of `chunks` GEMMs and all-reduces in a pipeline, each of the given time."""
-    return chunks * (gemm_us + all_reduce_us) - (chunks - 1) * overlap * min(gemm_us, all_reduce_us)
+def chunk_rows(rows: int, chunks: int) -> tuple[int, ...]:
+    """Return the rows of each chunk when `rows` are cut into at most `chunks`: multiples of CHUNK_ROWS but the last."""
+    each = -(-rows // chunks)
+    each = -(-each // CHUNK_ROWS) * CHUNK_ROWS
+    return tuple(min(each, rows - start) for start in range(0, rows, each))
 
 
-def linear2_us(
+def linear2_pipeline(
     machine: Machine,
     tokens: int,
     hidden: int,
@@ -156,18 +184,22 @@ def linear2_us(
     dtype: str,
     chunks: int,
     reduced_itemsize: int | None = None,
-    algorithms: tuple[str, ...] | None = None,
-) -> tuple[float, Choice]:
-    """Return (time of Linear2 and its all-reduce in row chunks, the all-reduce of one chunk); as forward_chunks.
+    algorithms: tuple[str, ...] | None = LIBRARY_ALGORITHMS,
+) -> Pipeline:
+    """Return Linear2 and its all-reduce in at most `chunks` row chunks; arguments as forward_chunks.
 
-    Every chunk reads all of w2.
+    Every chunk reads all of w2, and writes its part of y in the all-reduce's dtype.
     """
-    itemsize, compute, rows = ITEMSIZE[dtype], machine.compute(world_size), tokens / chunks
-    operands = rows * shard_features + hidden * shard_features + rows * hidden
-    gemm_us = kernel_us(compute, dtype, 2 * rows * hidden * shard_features, operands * itemsize)
-    nbytes = rows * hidden * (reduced_itemsize or itemsize)
-    reduce = choices(machine, "all_reduce", nbytes, world_size, algorithms)[0]
-    return chunked_us(gemm_us, reduce.us, chunks, compute.overlap), reduce
+    itemsize, compute = ITEMSIZE[dtype], machine.compute(world_size)
+    gemms, reductions = [], []
+    for rows in chunk_rows(tokens, chunks):
+        nbytes = rows * hidden * (reduced_itemsize or itemsize)
+        read = (rows * shard_features + hidden * shard_features) * itemsize
+        gemms.append(kernel_us(compute, dtype, 2 * rows * hidden * shard_features, read + nbytes))
+        reductions.append(choices(machine, "all_reduce", nbytes, world_size, algorithms)[0])
+    times = [reduction.us for reduction in reductions]
+    beside = sum(map(min, times, gemms[1:]))
+    return Pipeline(len(gemms), sum(gemms), sum(times), beside, reductions[0].algorithm)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,7 +213,7 @@ def forward_chunks(
     reduced_itemsize: int | None = None,
     algorithms: tuple[str, ...] | None = LIBRARY_ALGORITHMS,
 ) -> int:
-    """Return the number of row chunks of Linear2, of 1, 2, 4 and 8, with the least predicted time; 1 where none pays.
+    """Return the most row chunks to cut Linear2 into, 1, 2, 4 or 8, with the least predicted time; 1 where none pays.
 
     tokens             M                    hidden        H
     shard_features     F/P                  world_size    P
@@ -193,10 +225,9 @@ def forward_chunks(
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
-    # A graph of torch.compile is then for this number of tokens.
-    tokens = operator.index(tokens)
     if world_size == 1 or tokens == 0:
         return 1
     shape = (machine, tokens, hidden, shard_features, world_size, dtype)
-    times = [(linear2_us(*shape, c, reduced_itemsize, algorithms)[0], c) for c in CHUNKS if c <= tokens]
+    overlap = machine.compute(world_size).overlap
+    times = [(linear2_pipeline(*shape, c, reduced_itemsize, algorithms).us(overlap), c) for c in CHUNKS]
     return min(times)[1]  # of equal times the fewest chunks

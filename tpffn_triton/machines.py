@@ -20,8 +20,6 @@ whatever else beside `machine`. `bench/comm_bench.py` writes one.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -159,19 +157,6 @@ class Machine:
             network=None if network is None else _link(network, "machine.network"),
             **given,
         )
-
-    def save(self, path: Path) -> None:
-        """Write a machine file, replacing `path` at once, so that a reader never sees half of it."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        try:
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
 
     @classmethod
     def load(cls, path: Path) -> Machine:

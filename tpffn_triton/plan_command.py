@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tpffn_triton import plan_report, predict, sweep
+from tpffn_triton.cost_model import LIBRARY_ALGORITHMS
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.machines import ALGORITHMS, Machine
 from tpffn_triton.plan import DTYPE_BYTES, plan_ffn
@@ -74,15 +75,15 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     cost.add_argument("--ranks-per-node", type=int, metavar="N", help="default: the machine's, 8 with NVLink")
     cost.add_argument(
         "--algorithm",
-        choices=[*dict.fromkeys(name for names in ALGORITHMS.values() for name in names)],
+        choices=[*dict.fromkeys(name for names in ALGORITHMS.values() for name in names), "all"],
         action="append",
-        help="collectives by this alone; may be repeated (default: the fastest; a process group has ring and tree)",
+        help="collectives by this; may be repeated (default: ring and tree, which a process group has)",
     )
     cost.add_argument(
         "--forward-chunks",
         default="1",
         metavar="N",
-        help="row chunks of Linear2, each all-reduced behind the next; auto: what the model chooses (default: 1)",
+        help="row chunks of Linear2 at most, each all-reduced behind the next; auto: as the model chooses (default: 1)",
     )
     cost.add_argument("--plot", type=Path, metavar="FILE", help="with --sweep: draw it (.png, .pdf or .svg)")
 
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> str:
     if where is None:
         plan = plan_ffn(*sizes, args.tp, **options)
         return json.dumps(plan.to_dict(), indent=2) if args.json else plan_report.render_text(plan)
-    algorithms = tuple(args.algorithm) if args.algorithm else None
+    given = tuple(args.algorithm or LIBRARY_ALGORITHMS)
+    algorithms = None if "all" in given else given
     nodes = 1 if args.nodes is None else args.nodes
     if args.sweep is None:
         plan = plan_ffn(*sizes, args.tp, **options)

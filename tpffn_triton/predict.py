@@ -1,23 +1,32 @@
 """Predict a plan's time on a machine: the roofline of each kernel, each collective by its best algorithm.
 
-    pass     = Σ kernels + Σ exposed
-    exposed  = collective - overlap · min(collective, Σ kernels that it runs behind)     (the plan's `overlaps`)
-             = pipeline of c row chunks - Linear2's GEMMs                                 (forward all-reduce, c > 1)
+    pass     = Σ kernels + Σ slowed + Σ exposed
+    behind   = min(collective, Σ kernels that it runs behind)     (the plan's `overlaps`; of row chunks, Linear2's)
+    exposed  = collective - behind                                in which computation stands still
+    slowed   = (1 - overlap) · behind                             by which kernels beside a collective take longer
 
-Formulas and what they leave out: cost_model.py. Times are µs.
+The collectives are those of a process group, ring and tree, unless told otherwise. Formulas and what they leave out:
+cost_model.py. Times are µs.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tpffn_triton.cost_model import LIBRARY_ALGORITHMS, choices, forward_chunks, kernel_us, linear2_us, nodes_needed
+from tpffn_triton.cost_model import (
+    LIBRARY_ALGORITHMS,
+    choices,
+    forward_chunks,
+    kernel_us,
+    linear2_pipeline,
+    nodes_needed,
+)
 from tpffn_triton.machines import Compute, Machine
 from tpffn_triton.plan_report import FFNPlan, Gemm, Reduction, align, human_bytes
 
 PASSES = ("forward", "backward")
-LIBRARY_NOTE = "one-shot, two-shot, direct: by symmetric memory; a process group runs ring or tree (--algorithm)."
+LIBRARY_NOTE = "one-shot, two-shot, direct: would take symmetric memory; a process group, so ffn(), runs ring or tree."
 # Messages of the table of algorithms.
 SIZES = tuple(1 << power for power in range(14, 29, 2))
 
@@ -34,7 +43,7 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class CollectiveTime:
-    """One collective by its best algorithm, and how much of it is not hidden."""
+    """One collective by its best algorithm; what of it nothing hides, and by how much it slows what hides the rest."""
 
     pass_: str
     kind: str
@@ -42,11 +51,12 @@ class CollectiveTime:
     algorithm: str
     us: float
     exposed_us: float
+    slowed_us: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted times of one layer on one machine."""
+    """The predicted times of one layer on one machine; forward_chunks is how many row chunks Linear2 really has."""
 
     machine: str
     nodes: int
@@ -63,8 +73,11 @@ class Prediction:
     def exposed_us(self, pass_: str) -> float:
         return sum(c.exposed_us for c in self.collectives if c.pass_ == pass_)
 
+    def slowed_us(self, pass_: str) -> float:
+        return sum(c.slowed_us for c in self.collectives if c.pass_ == pass_)
+
     def pass_us(self, pass_: str) -> float:
-        return self.kernels_us(pass_) + self.exposed_us(pass_)
+        return self.kernels_us(pass_) + self.slowed_us(pass_) + self.exposed_us(pass_)
 
     @property
     def total_us(self) -> float:
@@ -78,6 +91,7 @@ class Prediction:
                 "kernels_us": self.kernels_us(pass_),
                 "communication_us": self.communication_us(pass_),
                 "exposed_us": self.exposed_us(pass_),
+                "slowed_us": self.slowed_us(pass_),
                 "us": self.pass_us(pass_),
             }
             for pass_ in PASSES
@@ -92,11 +106,11 @@ def predict(
     *,
     nodes: int = 1,
     chunks: int | None = 1,
-    algorithms: tuple[str, ...] | None = None,
+    algorithms: tuple[str, ...] | None = LIBRARY_ALGORITHMS,
 ) -> Prediction:
     """Predict the plan's forward and backward on `nodes` nodes of a machine.
 
-    chunks       row chunks of Linear2 (without sequence parallelism); None: as forward_chunks chooses
+    chunks       row chunks of Linear2 at most (without sequence parallelism); None: as forward_chunks chooses
     algorithms   the collectives' algorithms to choose from; None: all
 
     Raises: ValueError: more ranks than the nodes have, and as cost_model.collective_us and kernel_us.
@@ -107,26 +121,26 @@ def predict(
     shape = (machine, plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
     if chunks is None:
         chunks = 1 if plan.sequence_parallel else forward_chunks(*shape, algorithms=algorithms)
-    if chunks < 1 or chunks > plan.batch * plan.seq:
-        raise ValueError(f"forward chunks must be from 1 to the {plan.batch * plan.seq} tokens, got {chunks}")
+    if chunks < 1:
+        raise ValueError(f"forward chunks must be at least 1, got {chunks}")
     if chunks > 1 and plan.sequence_parallel:
         raise ValueError(f"forward chunks are for an all-reduce: not with sequence parallelism, got {chunks}")
     compute = machine.compute(plan.tp)
     kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
     own_us = {kernel.name: kernel.us for kernel in kernels}
     behind = {(o.pass_, o.tensor): sum(own_us[name] for name in o.behind) for o in plan.overlaps}
-    times = []
+    pieces, times = 1, []
     for c in plan.collectives:
         best = choices(machine, c.kind, c.bytes, plan.tp, algorithms)[0]
-        us = best.us
-        exposed = us - compute.overlap * min(us, behind.get((c.pass_, c.tensor), 0.0))
+        us, algorithm = best.us, best.algorithm
+        beside = min(us, behind.get((c.pass_, c.tensor), 0.0))
         if c.pass_ == "forward" and chunks > 1:
-            pipeline_us, best = linear2_us(*shape, chunks, algorithms=algorithms)
-            us = chunks * best.us
-            # The kernels' own sum has Linear2 in one piece.
-            exposed = pipeline_us - own_us["linear2"]
-        times.append(CollectiveTime(c.pass_, c.kind, c.tensor, best.algorithm, us, exposed))
-    return Prediction(machine.name, nodes_needed(machine, plan.tp), chunks, tuple(kernels), tuple(times))
+            cut = linear2_pipeline(*shape, chunks, algorithms=algorithms)
+            pieces, us, beside, algorithm = cut.chunks, cut.all_reduces_us, cut.beside_us, cut.algorithm
+            kernels = [replace(k, us=cut.gemms_us) if k.name == "linear2" and pieces > 1 else k for k in kernels]
+        slowed = (1 - compute.overlap) * beside
+        times.append(CollectiveTime(c.pass_, c.kind, c.tensor, algorithm, us, us - beside, slowed))
+    return Prediction(machine.name, nodes_needed(machine, plan.tp), pieces, tuple(kernels), tuple(times))
 
 
 def _kernel_time(kernel: Gemm | Reduction, dtype: str, compute: Compute) -> KernelTime:
@@ -148,15 +162,18 @@ def _of(c: CollectiveTime) -> str:
 def render_text(prediction: Prediction, plan: FFNPlan, machine: Machine) -> str:
     """Lay the prediction out as aligned tables, with the algorithms' times by message size."""
     kernels = [(k.name, k.pass_, f"{k.us:.1f}", k.bound) for k in prediction.kernels]
+    # Where overlap is free, nothing is slowed.
+    slowing = any(c.slowed_us for c in prediction.collectives)
     collectives = [
         (_of(c), c.pass_, named(c, prediction.nodes), f"{c.us:.1f}", f"{c.exposed_us:.1f}")
+        + ((f"{c.slowed_us:.1f}",) if slowing else ())
         for c in prediction.collectives
     ]
     totals = [
         (
             pass_,
             f"{prediction.kernels_us(pass_):.1f}",
-            f"{prediction.communication_us(pass_):.1f}",
+            *((f"{prediction.slowed_us(pass_):.1f}",) if slowing else ()),
             f"{prediction.exposed_us(pass_):.1f}",
             f"{prediction.pass_us(pass_):.1f}",
         )
@@ -169,12 +186,14 @@ def render_text(prediction: Prediction, plan: FFNPlan, machine: Machine) -> str:
         *align(("kernel", "pass", ">us", "bound by"), kernels),
     ]
     if collectives:
-        lines += ["", *align(("collective", "pass", "algorithm", ">us", ">exposed us"), collectives)]
-    lines += ["", *align(("pass", ">kernels us", ">communication us", ">exposed us", ">all us"), totals)]
+        headers = ("collective", "pass", "algorithm", ">us", ">exposed us", *([">slows kernels by"] if slowing else []))
+        lines += ["", *align(headers, collectives)]
+    headers = ("pass", ">kernels us", *([">slowed by us"] if slowing else []), ">exposed us", ">all us")
+    lines += ["", *align(headers, totals)]
     for kind in dict.fromkeys(c.kind for c in plan.collectives):
         lines += ["", f"{kind.replace('_', '-')} over {plan.tp} ranks by message size, us; * is the fastest"]
         lines += _by_size(machine, kind, plan.tp)
-    if any(c.algorithm not in LIBRARY_ALGORITHMS for c in prediction.collectives):
+    if {term.algorithm for term in machine.link.terms} - {*LIBRARY_ALGORITHMS}:
         lines += ["", LIBRARY_NOTE]
     return "\n".join(lines)
 

@@ -6,13 +6,16 @@
 Links: NCCL's tuning model, version 2.30.7 (github.com/NVIDIA/nccl), from which NCCL itself chooses algorithm and
 protocol. One term is one protocol of one algorithm:
 
-    base, α      src/graph/tuning.cc: baseLatencies and hwLatencies (NVLINK, PCI, NET) for LL, LL128 and Simple
+    base, α      src/graph/tuning.cc: baseLatencies and hwLatencies (NVLINK, PCI, NET) for LL, LL128 and Simple; with
+                 one rank a node rings take the network latencies of trees
     GB/s         src/graph/topo.h and topo.cc: 20.0, 20.6 and 40.1 for each of the 12, 18 and 18 links of NVLink 3, 4
                  and 5; PCIe x16 24 and 48; src/graph/search.cc: 48 and 24 of a 400 and 200 Gb/s port
-                 tuning.cc: LL carries half of that and no more than llMaxBws, LL128 0.92; a tree 0.92, times 7/9
-                 within a node in LL128, over 3.8 in LL
-    symmetric    src/sym_kernels.cc, queryModel_lsa: kernels that read and write peers' memory: one base each, 320 and
-                 600 GiB/s on Hopper and Blackwell, in LL nine times the bytes
+                 tuning.cc: LL carries half of that and no more than llMaxBws, which between nodes go by the host's CPU
+                 and the number of nodes and are shared by a node's ranks; LL128 0.92; a tree 0.92, times 7/9 within a
+                 node in LL128, over 3.8 in LL
+    symmetric    derived from src/sym_kernels.cc, queryModel_lsa: kernels that read and write peers' memory: one base
+                 each, 320 and 600 GiB/s on Hopper and Blackwell, in LL 9·P·N bytes, here 9·(P-1)·N. NCCL has one-shot
+                 in LL alone: in bulk, with the base and rate of two-shot, it is this package's guess
 
 LL128 needs NVLink within a node. Over PCIe and InfiniBand, one-shot, two-shot and direct are messages to all peers at
 once: one round of the ring's α. Each rank has its own InfiniBand port (DGX A100, H100 and B200).
@@ -33,10 +36,10 @@ def _gpu(sixteen_bit: float, tf32: float, fp32: float, tb_per_s: float, source: 
     return Compute(tflops, tb_per_s, LAUNCH_US, 1.0, source)
 
 
-_MEASURED = "bf16 and memory measured (8192³ product on random data, device-to-device copy), tf32 and fp32 datasheet"
+_PUBLISHED = "bf16 and memory as others measured (8192³ on random data, device-to-device copy), tf32 and fp32 datasheet"
 GPUS = {
-    "NVIDIA H100 80GB HBM3": _gpu(800, 494, 67, 3.0, _MEASURED),
-    "NVIDIA H200": _gpu(790, 494, 67, 4.3, _MEASURED),
+    "NVIDIA H100 80GB HBM3": _gpu(800, 494, 67, 3.0, _PUBLISHED),
+    "NVIDIA H200": _gpu(790, 494, 67, 4.3, _PUBLISHED),
     "NVIDIA H100 PCIe": _gpu(756, 378, 51, 2.0, "datasheet"),
     "NVIDIA A100-SXM4-80GB": _gpu(312, 156, 19.5, 2.04, "datasheet"),
     "NVIDIA A100-SXM4-40GB": _gpu(312, 156, 19.5, 1.56, "datasheet"),
@@ -46,7 +49,7 @@ GPUS = {
 }
 
 _NCCL = "NCCL 2.30.7 tuning model"
-_SYMMETRIC = "NCCL 2.30.7 symmetric kernels"
+_SYMMETRIC = "derived from NCCL 2.30.7 symmetric kernels"
 _GIB = 1.073741824
 
 
@@ -95,15 +98,26 @@ def _pcie(name: str, gb: float) -> Link:
     return _messages(name, gb, ring, tree, alpha=5.7)
 
 
-def _infiniband(name: str, gb: float) -> Link:
-    ll = 39.0 / 8  # llMaxBws of an Intel host on two nodes, shared by eight ranks
-    ring = (_ring("LL", 6.6, 2.7, ll), _ring("LL128", 14.0, 4.0, 0.92 * gb), _ring("Simple", 8.4, 14.0, gb))
-    tree = (
-        _tree("LL", 6.8, 5.0, min(ll, 0.92 * gb / 3.8)),
-        _tree("LL128", 14.0, 8.5, 0.92 * gb * 120 / 128),
-        _tree("Simple", 8.4, 14.0, 0.92 * gb),
-    )
-    return _messages(name, gb, ring, tree, alpha=14.0)
+# GB/s of a port; llMaxBws of two nodes and of more, of the hosts that usually have it: AMD with HDR, Intel with NDR.
+_PORTS = {"infiniband-hdr": (24.0, 22.5, 19.0), "infiniband-ndr": (48.0, 39.0, 20.4)}
+
+
+def infiniband(name: str, ranks_per_node: int) -> Link:
+    """Return the link between nodes whose ranks have a port each, infiniband-hdr or infiniband-ndr."""
+    gb, two_nodes, more = _PORTS[name]
+    alone = ranks_per_node == 1
+    low_latency = []
+    for nodes, cap in ((2, two_nodes), (3, more)):
+        share = cap / ranks_per_node
+        ways = (
+            _ring("LL", 6.6, 5.0 if alone else 2.7, min(share, gb / 2)),
+            _tree("LL", 6.8, 5.0, min(share, 0.92 * gb / 3.8)),
+        )
+        low_latency += [replace(term, world_size=nodes) for term in ways]
+    ring = (_ring("LL128", 14.0, 8.5 if alone else 4.0, 0.92 * gb), _ring("Simple", 8.4, 14.0, gb))
+    tree = (_tree("LL128", 14.0, 8.5, 0.92 * gb * 120 / 128), _tree("Simple", 8.4, 14.0, 0.92 * gb))
+    shown = name if alone else f"{name}, {ranks_per_node} ranks a node"
+    return _messages(shown, gb, (*low_latency, *ring), tree, alpha=14.0)
 
 
 _HOPPER = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), (7.8, 4.5))
@@ -116,8 +130,8 @@ LINKS = {
         _nvlink("nvlink5", 18 * 40.1, 282.0, 600 * _GIB, _BLACKWELL),
         _pcie("pcie4", 24.0),
         _pcie("pcie5", 48.0),
-        _infiniband("infiniband-hdr", 24.0),
-        _infiniband("infiniband-ndr", 48.0),
+        infiniband("infiniband-hdr", 1),
+        infiniband("infiniband-ndr", 1),
     )
 }
 # Link within a node: GPU, link between nodes, ranks of a node. Over InfiniBand alone every rank is a node.
@@ -153,5 +167,5 @@ def machine(link: str, gpu: str | None = None, ranks_per_node: int | None = None
         raise ValueError(f"unknown gpu {gpu!r}: one of {', '.join(_GPU_NAMES)}")
     usual, network, ranks = _SYSTEMS[link]
     name = usual if gpu is None else _GPU_NAMES[gpu]
-    preset = Machine(f"{name}, {link}", (GPUS[name],), LINKS[link], LINKS[network], ranks)
-    return preset if ranks_per_node is None else replace(preset, ranks_per_node=ranks_per_node)
+    local = ranks if ranks_per_node is None else ranks_per_node
+    return Machine(f"{name}, {link}", (GPUS[name],), LINKS[link], infiniband(network, max(local, 1)), local)

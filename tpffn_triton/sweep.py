@@ -52,7 +52,7 @@ def sweep(
     *,
     nodes: int = 1,
     chunks: int | None = 1,
-    algorithms: tuple[str, ...] | None = None,
+    algorithms: tuple[str, ...] | None = LIBRARY_ALGORITHMS,
     **options: Any,
 ) -> list[Row]:
     """Predict (B, S, H, F) for every P; a P that does not fit becomes a row that says why.
@@ -64,9 +64,7 @@ def sweep(
     """
 
     def predicted(tp: int) -> Prediction:
-        plan = plan_ffn(*sizes, tp, **options)
-        own = 1 if plan.tp == 1 else chunks
-        return predict(plan, machine, nodes=nodes, chunks=own, algorithms=algorithms)
+        return predict(plan_ffn(*sizes, tp, **options), machine, nodes=nodes, chunks=chunks, algorithms=algorithms)
 
     alone = predicted(1).total_us
     rows = []
@@ -110,7 +108,11 @@ def render_text(rows: list[Row], machine: Machine, title: str) -> str:
         used = ", ".join(dict.fromkeys(named(c, p.nodes) for c in p.collectives))
         if p.forward_chunks > 1:
             used += f"; {p.forward_chunks} chunks"
-        per_pass = [f"{value(pass_):.1f}" for pass_ in PASSES for value in (p.kernels_us, p.exposed_us, p.pass_us)]
+        per_pass = [
+            f"{us:.1f}"
+            for pass_ in PASSES
+            for us in (p.kernels_us(pass_) + p.slowed_us(pass_), p.exposed_us(pass_), p.pass_us(pass_))
+        ]
         hidden = sum(p.communication_us(pass_) - p.exposed_us(pass_) for pass_ in PASSES)
         ratios = (f"{row.speedup:.2f}x", f"{100 * row.efficiency:.0f}%")
         lines.append((row.tp, *per_pass, f"{hidden:.1f}", *ratios, " ".join(filter(None, (used, mark)))))
@@ -148,7 +150,10 @@ def plot(rows: list[Row], machine: Machine, title: str, path: Path) -> None:
         for colour, label, part in zip(
             _COLOURS[pass_],
             ("kernels", "exposed communication"),
-            ([p.kernels_us(pass_) for _, p in fitting], [p.exposed_us(pass_) for _, p in fitting]),
+            (
+                [p.kernels_us(pass_) + p.slowed_us(pass_) for _, p in fitting],
+                [p.exposed_us(pass_) for _, p in fitting],
+            ),
             strict=True,
         ):
             left.bar(places, part, 0.62, bottom=bottom, color=colour, label=f"{pass_}, {label}")
