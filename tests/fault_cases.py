@@ -60,6 +60,7 @@ BITS, FINITE = DISAGREE + r"rank 1: {} has digest", DISAGREE + r"rank 0: {0} .*r
 NO_MEMORY = r".*rank 1 raised OutOfMemoryError"
 USER, BAD_X = "UserError", r"ValueError: x must be \[..., H=32\]"
 REPORTED = GONE + r".*\n  rank 1 rejected: x must be"
+NO_GRAD = {"grad": False}
 SHORT_X = {"alter": lambda leaves: {"x": leaves["x"][:, 1:]}}
 SLICES, FP32, CHUNKS = {"sequence_parallel": True}, {"reduce_dtype": torch.float32}, {"forward_chunks": 2}
 CUT = SLICES | {"alter": lambda leaves: {"x": leaves["x"][1:]}}
@@ -132,7 +133,12 @@ FAULTS = [
     Fault("hidden size, first call", P(differs, wrong=SHORT_X, known=FIRST), "ValueError: another.*rank 1 rej", BAD_X),
     Fault("hidden size, later call", P(differs, wrong=SHORT_X), REPORTED, BAD_X),
     Fault("1 of 4: hidden size, later call", P(differs, wrong=SHORT_X), GONE, BAD_X, 4, 1),
-    Fault("hidden size, later call, rank goes on", P(differs, wrong=SHORT_X, then=1), REPORTED, COMPARING),
+    Fault(
+        "hidden size, later call, rank goes on",
+        P(differs, wrong=SHORT_X | NO_GRAD, known=[NO_GRAD], then=1, **NO_GRAD),
+        REPORTED,
+        COMPARING,
+    ),
     Fault("dtype, first call", P(differs, wrong={"dtype": torch.bfloat16}, known=FIRST), SHAPES, SHAPES),
     Fault("dtype, later call", P(differs, wrong={"dtype": torch.bfloat16}), GONE, GONE),
     Fault("dtype known to the group", P(differs, wrong=(B := {"dtype": torch.bfloat16}), known=[B, {}]), GONE, GONE),

@@ -175,6 +175,12 @@ MUTANTS = {
             FAULTS.format("shapes"),
         ),
         (
+            "backwards before a rejected call counted for the next",
+            "agreed.expected, agreed.backwards = None, 0",
+            "agreed.expected = None",
+            "test_expected_calls.py -k rejected_by_one",
+        ),
+        (
             "disagreement forgotten by one side",
             "    agreed.expected = None  # until all have agreed\n",
             "",

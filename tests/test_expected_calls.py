@@ -121,3 +121,20 @@ def one_rank_starts_anew(rank, world_size):
 def test_where_one_rank_starts_anew_all_do(ranks_of):
     """Else one would expect a call that the other compares."""
     assert ranks_of(2).run(one_rank_starts_anew) == [(3, 4)] * 2
+
+
+def rejected_by_one_rank(rank, world_size):
+    use("native")
+    group = new_group(world_size, timeout=timedelta(seconds=5))
+    p = draw((6,), 32, 48)
+    w1, b1, w2, b2 = shards(p, rank, world_size)
+    ours(p, rank, world_size, group)
+    with pytest.raises(ValueError, match="x must be" if rank else "rank 1 rejected"):
+        tp.ffn(p.x[:, 1:] if rank else p.x, w1, w2, b1, b2, tp_group=group)
+    ours(p, rank, world_size, group)
+    return rank
+
+
+def test_a_call_rejected_by_one_rank_is_over_for_all(ranks_of):
+    """Backwards before it do not count for the next, of which the others would know none."""
+    assert ranks_of(2).run(rejected_by_one_rank) == [0, 1]

@@ -61,8 +61,8 @@ def ffn(
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
 
     Outside of torch.compile, the group's first call with a kind of layer (w1's shape, dtype, activation, b2, whether x
-    needs a gradient), and a call that differs from what followed the one before it last time, also compare the ranks'
-    arguments over the group's store (agreement.py).
+    needs a gradient), and a call or a backward that is not the one expected after those before it, also compare the
+    ranks' arguments over the group's store (agreement.py).
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
     CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
