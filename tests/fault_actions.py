@@ -29,6 +29,11 @@ class Context:
         dist.barrier()
         self.seen, self.since = [], time.monotonic()
 
+    def know(self, steps=({},)) -> None:
+        """Make these steps, and the last so often that ranks compare nothing when it comes again."""
+        for options in [*steps, *steps[-1:], *steps[-1:]]:
+            self.step(**options)
+
     def own(self, t: torch.Tensor, sequence_parallel=False, **_) -> torch.Tensor:
         """Return this rank's tokens of t."""
         return t.chunk(self.world_size)[self.rank] if sequence_parallel else t
@@ -57,12 +62,19 @@ class Context:
 
     def step(self, *, dy=lambda dy: dy, before_backward=lambda y: None, **options) -> None:
         """Make a call and its backward; note down whether they are right."""
+        made = self.forward(**options)
+        if made[0].requires_grad:
+            before_backward(made[0])
+            self.backward(*made, dy=dy, **options)
+
+    def forward(self, **options):
+        """Return a call's (y, leaves, problem); note down whether y is right."""
         y, leaves, problem = self.call(**options)
         self.compare("y", y, self.own(ffn_reference(*problem.leaves(), activation=problem.activation), **options))
-        if not y.requires_grad:
-            return
-        before_backward(y)
-        y.backward(dy(self.own(problem.dy, **options)))
+        return y, leaves, problem
+
+    def backward(self, y, leaves, problem, *, dy=lambda dy: dy, retain_graph=False, **options) -> None:
+        y.backward(dy(self.own(problem.dy, **options)), retain_graph=retain_graph)
         full = [t.clone().requires_grad_() for t in problem.leaves()]
         ffn_reference(*full, activation=problem.activation).backward(problem.dy)
         self.compare("dx", leaves["x"].grad, self.own(full[0].grad, **options))
@@ -101,8 +113,7 @@ def raises(c: Context) -> None:
 
 
 def before_the_call(c: Context, act, known=(), **options) -> None:
-    for before in known:
-        c.step(**before)
+    c.know(known)
     c.go()
     if c.victim:
         act(c)
@@ -110,20 +121,20 @@ def before_the_call(c: Context, act, known=(), **options) -> None:
 
 
 def before_the_backward(c: Context, act) -> None:
-    c.step()
+    c.know()
     c.go()
     c.step(before_backward=lambda y: act(c) if c.victim else None)
 
 
 def inside_the_backward(c: Context, act) -> None:
-    c.step()
+    c.know()
     c.go()
     c.step(before_backward=lambda y: y.register_hook(lambda dy: act(c) if c.victim else None))
 
 
 def during_the_all_reduce(c: Context) -> None:
     tokens = 100_000  # 12.8 MB
-    c.step(tokens=tokens)
+    c.know([{"tokens": tokens}])
     c.go()
     if c.victim:
         start = passes.start_all_reduce
@@ -131,23 +142,30 @@ def during_the_all_reduce(c: Context) -> None:
     c.step(tokens=tokens)
 
 
-def out_of_memory(c: Context, kernel: str) -> None:
-    """The victim's kernel of that name fails."""
+def out_of_memory(c: Context, kernel: str, then=0, **options) -> None:
+    """The victim's kernel of that name fails; `then` calls follow, whatever has happened."""
 
     def fail(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    c.step()
+    works = getattr(native, kernel)
+    c.know([options])
     c.go()
     if c.victim:
         setattr(native, kernel, fail)
-    c.step()
+    try:
+        c.step(seed=4, **options)
+    except torch.OutOfMemoryError:
+        setattr(native, kernel, works)
+        if not then:
+            raise
+    for seed in range(5, 5 + then):
+        c.step(seed=seed, **options)
 
 
 def differs(c: Context, wrong: dict, known=({},), then=0, **right) -> None:
     """The victim's call has other options; `then` calls as everybody's follow, whatever has happened."""
-    for options in known:
-        c.step(**options)
+    c.know(known)
     c.go()
     try:
         c.step(**(wrong if c.victim else right))
@@ -184,11 +202,24 @@ def one_layer_fewer(c: Context) -> None:
 
 
 def no_backward(c: Context) -> None:
-    c.step()
+    c.know()
     c.go()
     y, *_ = c.call()
     if not c.victim:
         y.sum().backward()
+
+
+def another_number_of_backwards(c: Context, victims: int, widths=(H,), **options) -> None:
+    """The victim makes so many backwards of each layer in place of one, and goes on."""
+    for seed in range(7):
+        if seed == 4:
+            c.go()
+        made = [c.forward(H=width, seed=seed, **options) for width in widths]
+        number = victims if c.victim and seed == 4 else 1
+        for y, leaves, problem in reversed(made):
+            for _ in range(number):
+                leaves["x"].grad = None
+                c.backward(y, leaves, problem, retain_graph=True, **options)
 
 
 def drifted_bias(c: Context) -> None:

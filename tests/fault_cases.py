@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from fault_actions import (
     Context,
+    H,
+    another_number_of_backwards,
     before_the_backward,
     before_the_call,
     changes_apart,
@@ -49,7 +51,7 @@ FIRST, SHORT, NEW = (), [{"tokens": 4}, {}], {"tokens": 5}
 ABSENT = r"CollectiveError: comparing arguments over .* on rank \d of \d after .* s: rank 1 of 2 did not come"
 COMPARING = "CollectiveError: comparing arguments"
 GONE = r"CollectiveError: .* failed on rank \d of \d after .* s: "
-CLOSED, TIMED_OUT = GONE + r".*(closed|reset)", GONE + r".*[Tt]imed out"
+CLOSED, TIMED_OUT = GONE + r".*(closed|reset)", GONE + r".*([Tt]imed out|timeout)"
 LATE = r"CollectiveError: .*rank \d (reported|gave up)"
 RIGHT, WRONG = r"(y|dx) right$", r"(y|dx) WRONG"
 DISAGREE = r"ValueError: ranks of the tensor-parallel group disagree:.*"
@@ -58,6 +60,7 @@ BITS, FINITE = DISAGREE + r"rank 1: {} has digest", DISAGREE + r"rank 0: {0} .*r
 NO_MEMORY = r".*rank 1 raised OutOfMemoryError"
 USER, BAD_X = "UserError", r"ValueError: x must be \[..., H=32\]"
 REPORTED = GONE + r".*\n  rank 1 rejected: x must be"
+NO_GRAD = {"grad": False}
 SHORT_X = {"alter": lambda leaves: {"x": leaves["x"][:, 1:]}}
 SLICES, FP32, CHUNKS = {"sequence_parallel": True}, {"reduce_dtype": torch.float32}, {"forward_chunks": 2}
 CUT = SLICES | {"alter": lambda leaves: {"x": leaves["x"][1:]}}
@@ -96,11 +99,46 @@ FAULTS = [
     Fault("raises inside of backward", P(inside_the_backward, act=raises), TIMED_OUT, USER),
     Fault("1 of 4 raises inside of backward", P(inside_the_backward, act=raises), GONE, USER, 4, 2),
     Fault("one backward missing", no_backward, TIMED_OUT, "no error"),
+    # goes on after an error or a backward that it alone has left out
+    Fault("out of memory in forward, rank goes on", P(out_of_memory, kernel="linear", then=3), TIMED_OUT, COMPARING),
+    Fault("out of memory in backward, rank goes on", P(out_of_memory, kernel="dgrad", then=3), GONE, GONE),
+    Fault("out of memory at its end, rank goes on", P(out_of_memory, kernel="column_sum", then=3), GONE, GONE),
+    Fault(
+        "slices: out of memory in backward, rank goes on",
+        P(out_of_memory, kernel="dgrad", then=3, **SLICES),
+        GONE,
+        GONE,
+    ),
+    Fault("one backward skipped, rank goes on", P(another_number_of_backwards, victims=0), TIMED_OUT, COMPARING),
+    Fault(
+        "one backward skipped, two widths, rank goes on",
+        P(another_number_of_backwards, victims=0, widths=(H, H // 2)),
+        TIMED_OUT,
+        COMPARING,
+    ),
+    Fault(
+        "slices: one backward skipped, rank goes on",
+        P(another_number_of_backwards, victims=0, **SLICES),
+        TIMED_OUT,
+        COMPARING,
+    ),
+    Fault("one backward more, rank goes on", P(another_number_of_backwards, victims=2), TIMED_OUT, COMPARING),
+    Fault(
+        "slices: one backward more, rank goes on",
+        P(another_number_of_backwards, victims=2, **SLICES),
+        TIMED_OUT,
+        COMPARING,
+    ),
     # other arguments
     Fault("hidden size, first call", P(differs, wrong=SHORT_X, known=FIRST), "ValueError: another.*rank 1 rej", BAD_X),
     Fault("hidden size, later call", P(differs, wrong=SHORT_X), REPORTED, BAD_X),
     Fault("1 of 4: hidden size, later call", P(differs, wrong=SHORT_X), GONE, BAD_X, 4, 1),
-    Fault("hidden size, later call, rank goes on", P(differs, wrong=SHORT_X, then=1), REPORTED, COMPARING),
+    Fault(
+        "hidden size, later call, rank goes on",
+        P(differs, wrong=SHORT_X | NO_GRAD, known=[NO_GRAD], then=1, **NO_GRAD),
+        REPORTED,
+        COMPARING,
+    ),
     Fault("dtype, first call", P(differs, wrong={"dtype": torch.bfloat16}, known=FIRST), SHAPES, SHAPES),
     Fault("dtype, later call", P(differs, wrong={"dtype": torch.bfloat16}), GONE, GONE),
     Fault("dtype known to the group", P(differs, wrong=(B := {"dtype": torch.bfloat16}), known=[B, {}]), GONE, GONE),

@@ -12,7 +12,7 @@ MUTANTS = {
         ("b2 added by every rank", "b2 if call.group.rank() == 0 else None", "b2", RANKS.format("relu-")),
         (
             "gradients never compared",
-            "agree_on_gradient(group, dy, not call.sequence_parallel)",
+            "agree_on_gradient(group, dy, not call.sequence_parallel, communicates)",
             "pass",
             "test_agreement.py -k until_its_end",
         ),
@@ -95,8 +95,8 @@ MUTANTS = {
         ),
         (
             "what forward raises not reported",
-            "report(comparing, error)",
-            "pass",
+            "_reporting(inputs[5].group, forward, *inputs)",
+            "forward(*inputs)",
             FAULTS.format("raises"),
         ),
         (

@@ -34,29 +34,64 @@ def counted_exchanges():
 
 
 def exchanges_of_calls(rank, world_size, calls):
-    """Return what each call, (tokens, hidden size), compared: names of facts."""
+    """Return what each call, (tokens, hidden size) compared: names of facts."""
     use("native")
     group = new_group(world_size)
     compared = []
     for tokens, H in calls:
         with counted_exchanges() as sent:
-            ours(draw((tokens,), H, 48), rank, world_size, group)
+            p = draw((tokens,), H, 48)
+            w1, b1, w2, b2 = shards(p, rank, world_size)
+            tp.ffn(p.x, w1, w2, b1, b2, tp_group=group)
         compared.append(",".join(sorted(name for facts in sent for name in facts)))
     return compared
 
 
 def test_only_what_is_new_is_compared(ranks_of):
     """Contents on a new kind, shapes when they change, nothing at all in a call like the one before."""
-    everything, shapes, nothing = "b1,b2,call,w1,w2,x", "call", ""
-    calls = ((6, 32), (6, 32), (4, 32), (4, 32), (6, 32), (6, 16), (6, 16))
-    expected = [everything, nothing, shapes, nothing, shapes, everything, nothing]
+    first, everything, shapes, nothing = "anew,b1,b2,call,w1,w2,x", "b1,b2,call,w1,w2,x", "call", ""
+    calls = ((6, 32), (4, 32), (4, 32), (6, 32), (6, 16), (6, 16))
+    expected = [first, shapes, nothing, shapes, everything, nothing]
     assert ranks_of(2).run(exchanges_of_calls, calls) == [expected] * 2
+
+
+def test_the_finiteness_of_a_slice_is_not_compared(ranks_of):
+    """One rank's tokens may overflow in fp16, for a gradient scaler to see."""
+    compared = [["anew", "b1", "b2", "call", "w1", "w2"]]
+    assert ranks_of(2).run(overflow_of_one_rank) == [(compared, True), (compared, False)]
+
+
+def overflow_of_one_rank(rank, world_size):
+    use("native")
+    p = draw((6,), 32, 48)
+    p.x[3:] = float("inf")
+    w1, b1, w2, b2 = shards(p, rank, world_size)
+    x = p.x.chunk(world_size)[rank]
+    with counted_exchanges() as sent:
+        y = tp.ffn(x, w1, w2, b1, b2, tp_group=new_group(world_size), sequence_parallel=True)
+    return [sorted(facts) for facts in sent], y.isfinite().all().item()
 
 
 def test_layers_that_take_turns_compare_nothing_once_that_is_known(ranks_of):
     calls = ((6, 32), (6, 16), (4, 32)) * 4
     for compared in ranks_of(2).run(exchanges_of_calls, calls):
         assert [bool(facts) for facts in compared] == [True] * 4 + [False] * 8
+
+
+def chosen_chunks(rank, world_size):
+    """Two numbers of chunks, as a Machine would choose for two lengths."""
+    use("native")
+    group = new_group(world_size)
+    p = draw((300,), 32, 48)
+    w1, b1, w2, b2 = shards(p, rank, world_size)
+    with counted_exchanges() as sent:
+        for chunks in (1, 2):
+            tp.ffn(p.x, w1, w2, b1, b2, tp_group=group, forward_chunks=chunks)
+    return [sorted(facts) for facts in sent][1:], sent[1]["call"].endswith("forward_chunks=2")
+
+
+def test_another_number_of_chunks_is_compared_without_reading_tensors(ranks_of):
+    assert ranks_of(2).run(chosen_chunks) == [([["call"]], True)] * 2
 
 
 def every_call_compared(rank, world_size):
@@ -136,11 +171,36 @@ def test_the_timeout_is_the_groups_own(ranks_of):
     assert 1 <= waited < 30
 
 
+def rank_that_comes_between_two_looks(rank, world_size):
+    store = group_store.store_of(new_group(world_size, timeout=timedelta(seconds=0.2)))
+    if rank == 0:
+        asked = store._store
+
+        class Late:
+            """A store that does not know of all keys together, as if the last had come right after the question."""
+
+            def check(self, keys):
+                return len(keys) == 1 and asked.check(keys)
+
+            def __getattr__(self, name):
+                return getattr(asked, name)
+
+        store._store = Late()
+        asked.wait([f"tpffn/0/{1 - rank}"])
+    return [facts["call"] for facts in store.exchange({"call": str(rank)})]
+
+
+def test_a_rank_that_comes_at_the_last_moment_is_not_absent(ranks_of):
+    assert ranks_of(2).run(rank_that_comes_between_two_looks)[0] == ["0", "1"]
+
+
 def keys_left(rank, world_size):
     use("native")
     group = new_group(world_size, timeout=timedelta(seconds=20))
     for tokens in range(12):
-        ours(draw((tokens,), 16, 24), rank, world_size, group)
+        p = draw((tokens,), 16, 24)
+        w1, b1, w2, b2 = shards(p, rank, world_size)
+        tp.ffn(p.x, w1, w2, b1, b2, tp_group=group)
     dist.barrier()
     store = group.get_group_store()
     found = [n for n in range(20) for r in range(world_size) if store.check([f"tpffn/{n}/{r}"])]

@@ -20,6 +20,14 @@ REPRESENTATIVE = {
     ],
     "stopped": ["stopped (SIGSTOP) before a later call", "rank 0 stopped before the first call"],
     "raises": ["out of memory in forward", "out of memory in backward", "raises inside of backward"],
+    "goes on": [
+        "out of memory in forward, rank goes on",
+        "out of memory at its end, rank goes on",
+        "one backward skipped, rank goes on",
+        "one backward skipped, two widths, rank goes on",
+        "slices: one backward skipped, rank goes on",
+        "slices: one backward more, rank goes on",
+    ],
     "other shapes": [
         "hidden size, later call, rank goes on",
         "dtype known to the group",
@@ -90,7 +98,9 @@ def test_the_committed_table_has_todays_faults_and_no_hang():
     text = (faults.Path(faults.__file__).parents[1] / "docs" / "faults.md").read_text()
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ")][1:]
     assert [row[0].removeprefix("| ") for row in rows] == [fault.name for fault in FAULTS]
-    assert {row[-1].removesuffix(" |") for row in rows} <= {"error", "right", "NaN", "WRONG"}
+    verdicts = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
+    assert [name for name, verdict in verdicts.items() if verdict == "WRONG"] == ["one call fewer"]
+    assert set(verdicts.values()) == {"error", "right", "NaN", "WRONG"}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +109,8 @@ def test_the_committed_table_has_todays_faults_and_no_hang():
         (["CollectiveError: x", "boom Error"], [0, 0], False, "error"),
         (["CollectiveError: x", "fine"], [0, 0], False, "UNEXPECTED"),
         (["y right", "boom Error"], [0, 0], False, "UNEXPECTED"),
-        (["y WRONG; CollectiveError: x", "boom Error"], [0, 0], False, "WRONG"),
+        (["y WRONG; CollectiveError: x", "boom Error"], [0, 0], False, "UNEXPECTED"),
+        (["CollectiveError: x", "y WRONG; boom Error"], [0, 0], False, "UNEXPECTED"),
         (["CollectiveError: x", None], [0, -6], False, "ABORTED"),
         (["CollectiveError: x", "boom Error"], [-6, 0], False, "ABORTED"),
         (["CollectiveError: x", "boom Error"], [0, 0], True, "HUNG"),
@@ -108,6 +119,17 @@ def test_the_committed_table_has_todays_faults_and_no_hang():
 def test_verdicts(saw, status, hung, verdict):
     fault = faults.Fault("a fault", lambda c: None, "CollectiveError", "boom")
     assert faults._verdict(fault, saw, status, hung) == verdict
+
+
+def test_a_wrong_result_has_a_verdict_of_its_own_only_where_it_is_expected():
+    fault = faults.Fault("a fault", lambda c: None, "y WRONG; CollectiveError", "y right")
+    assert faults._verdict(fault, ["y WRONG; CollectiveError: x", "y right"], [0, 0], False) == "WRONG"
+
+
+def test_a_wrong_result_that_is_not_expected_fails_the_command(monkeypatch):
+    outcome = faults.Outcome(["y WRONG", "y right"], [0.0, 0.0], [0, 0], "UNEXPECTED")
+    monkeypatch.setattr(faults, "examine", lambda chosen, jobs: dict.fromkeys(chosen, outcome))
+    assert faults.main(["--only", "^b2, first"]) == 1
 
 
 @pytest.mark.slow

@@ -4,21 +4,27 @@ A rank whose arguments are wrong would otherwise raise alone and leave the other
 or dtype would abort the process or corrupt each other's data.
 
 when                                          what is compared, over the group's store
-the group's first call of a kind of layer     the kind, x's shape, b2's bits, which tensors are finite
-a call that does not follow as last time      the kind, x's shape
+the group's first call of a kind of layer     the call, b2's bits, which tensors are finite (slices of x may differ)
+a call other than the expected one            the call: its kind, x's shape, chunks, the backwards before it
+a backward more than is expected              its number, dy's shape
 within `comparing_every_call`                 as on a first call, and x's bits; in backward dy's shape and bits
 
-A call follows as last time if its kind and x's shape are those of the call that came after the one before it when ranks
-last compared there; at first, those of the one before. What may follow is thus one thing, the same on every rank:
-whoever does something else compares, and whoever does not is where all others are. Ranks never meet in a collective
-with different tensors, and models that repeat themselves, layer by layer or all alike, compare nothing. Not noticed: a
-rank that makes one call fewer of several that are alike, until the others wait for it.
+Expected is the call that came when ranks last compared at this place: after that same call, made as often in a row, as
+many calls after the last backward; else the one after that same call, made as often in a row; else the same call again.
+So one thing is expected at a time, the same on every rank: a rank that does something else compares, and one that does
+not is where all others are. Backwards are counted from call to call, if they communicate: one that is missing makes the
+next call another. Models that repeat themselves step by step compare nothing from the fourth or fifth step on. What has
+no such place is compared for ever: a change of length, or between training and evaluation, by about two exchanges;
+without backwards, layers A A B A A C by two a round. After an error that this rank has seen it compares anew.
+
+Not noticed, until the others wait for it: a rank that makes one call fewer, with its backward, of several that are
+alike.
 """
 
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +36,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tpffn_triton.group_store import CollectiveError, Facts, store_of
 
 # Names of facts, which must be the same on every rank that has them.
-CALL, REJECTED = "call", "rejected"
+CALL, REJECTED, ANEW = "call", "rejected", "anew"
+
+MOST_PLACES = 4096
 
 
 class LayerKind(NamedTuple):
@@ -45,16 +53,40 @@ class LayerKind(NamedTuple):
 
 @dataclass
 class _Agreed:
-    """What a group has agreed on; a call is its kind and the sizes of its collectives.
+    """What a group has agreed on. A call is its kind, x's shape, its chunks and the backwards before it; a place is a
+    call, how often it was made in a row, and its number since the last backward; or the first two.
 
-    kinds      whose contents were compared
-    last       call
-    follows    call → the one that came after it when ranks last compared there
+    kinds       whose contents were compared
+    follows     place → the call that came there when ranks last compared
+    last, run, number
+                this rank's place
+    expected    the next call; None: compare, whatever it is
+    backwards   that communicate, since the last call
     """
 
     kinds: set[LayerKind] = field(default_factory=set)
-    last: Hashable = None
-    follows: dict[Hashable, Hashable] = field(default_factory=dict)
+    follows: dict[tuple, tuple] = field(default_factory=dict)
+    last: tuple | None = None
+    run: int = 0
+    number: int = 0
+    expected: tuple | None = None
+    backwards: int = 0
+
+    def advance(self, call: tuple) -> None:
+        self.run = self.run + 1 if call == self.last else 1
+        self.number = 0 if call[-1] else self.number + 1
+        self.last = call
+        follows, run = self.follows, self.run
+        self.expected = follows.get((call, run, self.number)) or follows.get((call, run)) or call
+
+    def learn(self, call: tuple) -> None:
+        """Remember that call comes at this place."""
+        self.follows[self.last, self.run] = self.follows[self.last, self.run, self.number] = call
+
+    def restart(self) -> None:
+        self.kinds.clear()
+        self.follows.clear()
+        self.last, self.run, self.number = None, 0, 0
 
 
 _agreed: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Agreed]" = weakref.WeakKeyDictionary()
@@ -78,43 +110,72 @@ def comparing_every_call() -> Iterator[None]:
 
 
 def agree(
-    group: dist.ProcessGroup, kind: LayerKind, sizes: Hashable, replicated: bool, x: Tensor, *parameters: Tensor | None
+    group: dist.ProcessGroup, kind: LayerKind, chunks: int, replicated: bool, x: Tensor, *parameters: Tensor | None
 ) -> None:
     """Compare this call with the group's others where there is something new (the table above), else return at once.
 
-    sizes         beside the kind, what decides the sizes of the call's collectives
+    chunks        of y's rows, at most
     replicated    x is the same on every rank, rather than a slice
     parameters    w1, w2, b1, b2
 
     Raises: ValueError: another rank rejected its arguments, or ranks differ; says who, and what each has.
     CollectiveError: a rank did not come.
     """
-    agreed, call = _agreed.get(group), (kind, sizes)
-    if agreed is not None and agreed.follows[agreed.last] == call and not _every_call:
-        agreed.last = call
+    agreed = _state(group)
+    call = kind, x.shape, chunks, agreed.backwards
+    agreed.backwards = 0
+    if call == agreed.expected and not _every_call:
+        agreed.advance(call)
         return
-    if agreed is None:
-        agreed = _Agreed()
-    shapes = f"x {list(x.shape)} and w1 {list(kind.w1_shape)} in {kind.dtype} on {kind.device_type}"
-    facts = {CALL: ", ".join([shapes, *kind.options])}
-    named = dict(zip(("x", "w1", "w2", "b1", "b2"), (x, *parameters), strict=True))
-    if _every_call:
-        facts |= contents(named, ("x", "b2") if replicated else ("b2",))
-    elif kind not in agreed.kinds:
-        facts |= contents(named, ("b2",))
-    compare(group, facts)
+    anew = agreed.expected is None
+    agreed.expected = None  # until all have agreed
+    facts = {CALL: _description(*call)}
+    if anew:
+        facts[ANEW] = "compares anew"
+    if _every_call or anew or kind not in agreed.kinds:
+        named = dict(zip(("x", "w1", "w2", "b1", "b2"), (x, *parameters), strict=True))
+        if not replicated and not _every_call:
+            # One rank's tokens may overflow in fp16: a gradient scaler is to see it.
+            del named["x"]
+        facts |= contents(named, ("x", "b2") if _every_call and replicated else ("b2",))
+    ranks = compare(group, facts)
+    # Places must be the same on all ranks, so all forget them at the same time.
+    if any(ANEW in theirs for theirs in ranks) or len(agreed.follows) >= MOST_PLACES:
+        agreed.restart()
     agreed.kinds.add(kind)
-    agreed.follows[agreed.last] = call
-    agreed.follows.setdefault(call, call)
-    agreed.last = call
-    _agreed[group] = agreed
+    agreed.learn(call)
+    agreed.advance(call)
 
 
-def agree_on_gradient(group: dist.ProcessGroup, dy: Tensor, replicated: bool) -> None:
-    """Within `comparing_every_call`: compare dy, replicated or a slice, with the group's others. Raises: as `agree`."""
-    if _every_call and not torch.compiler.is_compiling():
+def agree_on_gradient(group: dist.ProcessGroup, dy: Tensor, replicated: bool, communicates: bool) -> None:
+    """Compare a backward where it communicates and is one more than is expected before the next call; within
+    `comparing_every_call` each, with dy, replicated or a slice. Raises: as `agree`."""
+    if torch.compiler.is_compiling():
+        return
+    agreed = _state(group)
+    agreed.backwards += communicates
+    # Once is enough: after one too many the next call is compared in any case.
+    new = communicates and (agreed.expected is None or agreed.backwards == agreed.expected[-1] + 1)
+    if _every_call or new:
         digested = ("dy",) if replicated else ()
-        compare(group, {CALL: f"dy {list(dy.shape)} in {dy.dtype}"} | contents({"dy": dy}, digested))
+        facts = {CALL: f"dy {list(dy.shape)} in {dy.dtype}, backward {agreed.backwards} after a call"}
+        compare(group, facts | contents({"dy": dy}, digested) if _every_call else facts)
+
+
+def _state(group: dist.ProcessGroup) -> _Agreed:
+    agreed = _agreed.get(group)
+    if agreed is None:
+        agreed = _agreed[group] = _Agreed()
+    return agreed
+
+
+def _description(kind: LayerKind, shape: torch.Size, chunks: int, backwards: int) -> str:
+    words = [f"x {list(shape)} and w1 {list(kind.w1_shape)} in {kind.dtype} on {kind.device_type}", *kind.options]
+    if chunks != 1:
+        words.append(f"forward_chunks={chunks}")
+    if backwards:
+        words.append(f"after {backwards} backward{'s' * (backwards > 1)}")
+    return ", ".join(words)
 
 
 def reject(group: dist.ProcessGroup, error: Exception) -> None:
@@ -125,26 +186,28 @@ def reject(group: dist.ProcessGroup, error: Exception) -> None:
         text = f"rejected: {error}"
         store.note(text)
         store.post({REJECTED: text})
-        _agreed.pop(group, None)
+        agreed = _state(group)
+        agreed.expected, agreed.backwards = None, 0
 
 
 def report(group: dist.ProcessGroup, error: Exception) -> None:
-    """Tell the group's other ranks, whose collectives will fail, what this one raised."""
+    """Tell the group's other ranks, whose collectives will fail, what this one raised. The next call compares: it comes
+    after collectives that this rank has not taken part in."""
+    _state(group).expected = None
     store = store_of(group)
     if store is not None and not isinstance(error, CollectiveError):
         store.note(f"raised {type(error).__name__}: {error}")
 
 
-def compare(group: dist.ProcessGroup, facts: Facts) -> None:
-    """Exchange facts with the group. Raises: ValueError, CollectiveError: as `agree`."""
+def compare(group: dist.ProcessGroup, facts: Facts) -> list[Facts]:
+    """Return every rank's facts, none where ranks cannot ask each other. Raises: ValueError, CollectiveError: as
+    `agree`."""
     store = store_of(group)
     if store is None:
-        return
-    try:
-        _check(store.exchange(facts))
-    except Exception:
-        _agreed.pop(group, None)
-        raise
+        return []
+    ranks = store.exchange(facts)
+    _check(ranks)
+    return ranks
 
 
 def _check(ranks: list[Facts]) -> None:

@@ -1,5 +1,6 @@
 """ffn(): the public function, and its place in autograd. What it computes is in passes.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def ffn(
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
 
     Outside of torch.compile, the group's first call with a kind of layer (w1's shape, dtype, activation, b2, whether x
-    needs a gradient), and a call that differs from what followed the one before it last time, also compare the ranks'
-    arguments over the group's store (agreement.py).
+    needs a gradient), and a call or a backward that is not the one expected after those before it, also compare the
+    ranks' arguments over the group's store (agreement.py).
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
     CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
@@ -114,19 +115,15 @@ def ffn(
             options += ["sequence_parallel", f"backward gathers {' and '.join(gathered) or 'nothing'}"]
         if call.reduce_dtype != dtype:
             options.append(f"reduce_dtype={call.reduce_dtype}")
-        if call.chunks != 1:
-            options.append(f"forward_chunks={call.chunks}")
         kind = LayerKind(w1.shape, dtype, x.device.type, tuple(options))
-        agree(comparing, kind, x.shape, not sequence_parallel, x, w1, w2, b1, b2)
+        agree(comparing, kind, call.chunks, not sequence_parallel, x, w1, w2, b1, b2)
     inputs = x, w1, w2, b1, b2, call
-    try:
-        if transforming():
-            return TransformableFFN.apply(*inputs)
-        return _FFN.apply(*inputs) if need_d_pre or need_w2 or need_b2 else forward(*inputs)[0]
-    except Exception as error:
-        if comparing is not None:
-            report(comparing, error)
-        raise
+    if transforming():
+        return _reporting(group, TransformableFFN.apply, *inputs)
+    if need_d_pre or need_w2 or need_b2:
+        # Not reported: checkpointing ends a recomputation by an exception out of apply.
+        return _FFN.apply(*inputs)
+    return _reporting(group, forward, *inputs)[0]
 
 
 def _best_chunks(
@@ -147,13 +144,23 @@ def _best_chunks(
     return best_chunks(machine, x.numel() // max(hidden, 1), hidden, features, group.size(), name, reduced_itemsize)
 
 
+def _reporting(group: "dist.ProcessGroup | None", function: Callable, *args: Any) -> Any:
+    """Return function(*args); if it raises, tell the group's other ranks."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if group is not None and not torch.compiler.is_compiling():
+            report(group, error)
+        raise
+
+
 class _FFN(torch.autograd.Function):
     """y of (x, w1, w2, b1, b2, call), for ordinary calls: Function.apply binds the arguments of one that can be
     transformed by inspection, at 20 µs a call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, kept = forward(*inputs)
+        y, kept = _reporting(inputs[5].group, forward, *inputs)
         ctx.wanted, saved = prepare_backward(ctx.needs_input_grad[:5], *inputs)
         ctx.save_for_backward(*saved, kept if inputs[5].keep != "nothing" else None)
         return y
@@ -161,10 +168,5 @@ class _FFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        group = ctx.wanted.call.group
-        try:
-            return *backward(ctx.wanted, dy, *ctx.saved_tensors), None
-        except Exception as error:
-            if group is not None and not torch.compiler.is_compiling():
-                report(group, error)
-            raise
+        saved = ctx.saved_tensors
+        return *_reporting(ctx.wanted.call.group, backward, ctx.wanted, dy, *saved), None

@@ -114,8 +114,10 @@ class GroupStore:
         pause = FIRST_PAUSE
         while not self._store.check(keys):
             if time.monotonic() - start > self.seconds:
-                absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
-                why = f"rank {absent} of {self.size} did not come"
+                absent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+                if not absent:  # the last came just now
+                    break
+                why = f"rank {', '.join(absent)} of {self.size} did not come"
                 self._store.set(own, json.dumps({GAVE_UP: f"{GAVE_UP} after {self.seconds:.1f} s: {why}"}))
                 raise _StoreError(why)
             time.sleep(pause)

@@ -167,7 +167,8 @@ def backward(
     need_x, need_w1, need_w2, need_b1, need_b2 = wanted.needs
     need_d_pre = need_x or need_w1 or need_b1
     if group is not None:
-        agree_on_gradient(group, dy, not call.sequence_parallel)
+        communicates = need_x or (call.sequence_parallel and (need_d_pre or need_w2))
+        agree_on_gradient(group, dy, not call.sequence_parallel, communicates)
     kernels = ops.kernels(dy, x, w1, w2, b1)
     present: Any = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
     x, w1, w2 = present
