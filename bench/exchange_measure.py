@@ -30,6 +30,7 @@ from torch import Tensor
 from workloads import Problem, Shape
 
 from tpffn_triton import collectives, ffn, passes
+from tpffn_triton.cost_model import CHUNK_ROWS
 
 CHUNKS = (1, 2, 4, 8)
 _BEGIN = "timeline"
@@ -117,7 +118,7 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
     chunked: dict[str, Step] = {
         f"{n} chunk{'s' if n > 1 else ''}": Step(forward_of(forward_chunks=n), own, rank.group, "fwd")
         for n in CHUNKS
-        if n == 1 or settings.shape.tokens >= n * passes.CHUNK_ROWS
+        if n == 1 or settings.shape.tokens >= n * CHUNK_ROWS
     }
     in_bf16 = own_problem(rank, settings, "bf16")
     added: dict[str, Step] = {

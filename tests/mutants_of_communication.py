@@ -41,12 +41,6 @@ MUTANTS = {
         ),
         ("chunk not reduced", "        started.append(_start_sum(part, call))", "", "test_reductions.py -k row_chunks"),
         (
-            "chunks that cut tiles",
-            "rows = -(-rows // CHUNK_ROWS) * CHUNK_ROWS",
-            "pass",
-            "test_reductions.py -k in_flight",
-        ),
-        (
             "dx reduced in 16 bits",
             "dx = kernels.dgrad(d_pre, w1, call.reduce_dtype)",
             "dx = kernels.dgrad(d_pre, w1)",

@@ -168,10 +168,15 @@ def kernel_us(compute: Compute, dtype: str, flops: float, hbm_bytes: float) -> f
     return max(arithmetic_us, hbm_bytes / compute.tb_per_s / 1e6) + compute.launch_us
 
 
-def chunk_rows(rows: int, chunks: int) -> tuple[int, ...]:
-    """Return the rows of each chunk when `rows` are cut into at most `chunks`: multiples of CHUNK_ROWS but the last."""
+def rows_of_a_chunk(rows: int, chunks: int) -> int:
+    """Return the rows of every chunk but the last when `rows` are cut into at most `chunks`, a multiple of CHUNK_ROWS."""
     each = -(-rows // chunks)
-    each = -(-each // CHUNK_ROWS) * CHUNK_ROWS
+    return -(-each // CHUNK_ROWS) * CHUNK_ROWS
+
+
+def chunk_rows(rows: int, chunks: int) -> tuple[int, ...]:
+    """Return the rows of each chunk when `rows` are cut into at most `chunks`."""
+    each = rows_of_a_chunk(rows, chunks)
     return tuple(min(each, rows - start) for start in range(0, rows, each))
 
 

@@ -34,9 +34,7 @@ from torch import Tensor
 from tpffn_triton import ops
 from tpffn_triton.agreement import agree_on_gradient
 from tpffn_triton.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
-
-# A chunk is a multiple of the tallest tile, so that no tile is cut in two.
-CHUNK_ROWS = 128
+from tpffn_triton.cost_model import rows_of_a_chunk
 
 
 @dataclass  # torch.func takes a tuple apart; freezing costs a call 0.7 µs
@@ -110,8 +108,7 @@ def _linear2(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Cal
 
 
 def _linear2_by_chunks(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Call) -> Tensor:
-    rows = -(-act.shape[0] // call.chunks)
-    rows = -(-rows // CHUNK_ROWS) * CHUNK_ROWS
+    rows = rows_of_a_chunk(act.shape[0], call.chunks)
     if torch.compiler.is_compiling():  # where collectives return new tensors
         parts = [kernels.linear(chunk, w2, b2, call.reduce_dtype) for chunk in act.split(rows)]
         return torch.cat([wait(started) for started in [_start_sum(part, call) for part in parts]])
