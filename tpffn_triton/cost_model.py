@@ -169,7 +169,7 @@ def kernel_us(compute: Compute, dtype: str, flops: float, hbm_bytes: float) -> f
 
 
 def rows_of_a_chunk(rows: int, chunks: int) -> int:
-    """Return the rows of every chunk but the last when `rows` are cut into at most `chunks`, a multiple of CHUNK_ROWS."""
+    """Return the rows of each chunk but the last when `rows` are cut into at most `chunks`: n × CHUNK_ROWS."""
     each = -(-rows // chunks)
     return -(-each // CHUNK_ROWS) * CHUNK_ROWS
 
