@@ -6,7 +6,6 @@ Exit status: 0, 1 a rank failed or the times cannot be fitted, 2 wrong arguments
 """
 
 import argparse
-import contextlib
 import json
 import shlex
 import sys
@@ -21,7 +20,7 @@ import report
 import torch
 from comm_fit import fit_machine
 from comm_measure import Settings, measure
-from command_line import OneLineErrorParser, check_plot, check_writable, names
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written
 from workloads import DTYPES
 
 from tpffn_triton.machines import Machine
@@ -212,13 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         commit = results[-1]["environment"]["commit"]
         comm_plot.plot(rows, f"{machine.name}, commit {commit}", args.plot)
-    for path in (args.json, args.plot):
-        if path is not None:
-            print(f"wrote {path}", file=sys.stderr)
+    say_written(args.json, args.plot)
     return 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    exit_with(main)

@@ -1,8 +1,10 @@
 """What the benchmarks' command lines share."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,3 +45,17 @@ def check_plot(path: Path | None) -> None:
     """Raises: ValueError: a suffix that matplotlib is not asked for here."""
     if path is not None and path.suffix not in PLOT_SUFFIXES:
         raise ValueError(f"--plot writes {', '.join(PLOT_SUFFIXES[:-1])} or {PLOT_SUFFIXES[-1]}, got {path}")
+
+
+def say_written(*paths: Path | None) -> None:
+    """Name on stderr what was written."""
+    for path in paths:
+        if path is not None and path.exists():
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Exit with main's status, or as a shell does after an interrupt."""
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

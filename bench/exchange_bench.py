@@ -6,7 +6,6 @@ Exit status: 0, 1 a rank failed, 2 wrong arguments.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ import exchange_plot
 import ranks
 import report
 import torch
-from command_line import OneLineErrorParser, check_plot, check_writable
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, say_written
 from exchange_measure import Settings, measure
 from workloads import SHAPES
 
@@ -156,13 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_text(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         exchange_plot.plot(result["timelines"], result["rows"][0], args.plot)
-    for path in (args.json, args.trace, args.plot):
-        if path is not None:
-            print(f"wrote {path}", file=sys.stderr)
+    say_written(args.json, args.trace, args.plot)
     return 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    exit_with(main)

@@ -7,7 +7,6 @@ Exit status: 0, 1 an implementation was wrong or a rank failed, 2 wrong argument
 """
 
 import argparse
-import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import checkout  # noqa: F401
 import ranks
 import report
 import torch
-from command_line import OneLineErrorParser, check_plot, check_writable, names
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written
 from implementations import IMPLEMENTATIONS, chosen
 from measure import Settings, measure
 from plot import plot
@@ -200,13 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_csv(rows, args.csv)
     if args.plot and rows:
         plot(rows, args.plot)
-    for path in (args.json, args.csv, args.plot):
-        if path is not None and path.exists():
-            print(f"wrote {path}", file=sys.stderr)
+    say_written(args.json, args.csv, args.plot)
     return 1 if refused else 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    exit_with(main)

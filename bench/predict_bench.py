@@ -29,7 +29,7 @@ import ranks
 import report
 import torch
 import workloads
-from command_line import OneLineErrorParser, check_writable, names
+from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
 from ranks import Rank
 from workloads import SHAPES, Shape
 
@@ -225,11 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         written = {**machine.to_dict(), "command": command, "rows": rows}
         report.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
-        print(f"wrote {args.json}", file=sys.stderr)
+        say_written(args.json)
     return 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    exit_with(main)
