@@ -94,7 +94,7 @@ def world_sizes_of(given: str | None, device_type: str) -> tuple[int, ...]:
 def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Settings:
     """Return what to measure. Raises: ValueError: arguments that do not fit."""
     cuda = device_type == "cuda"
-    most = args.max_bytes or (1 << 20 if args.quick else 1 << 28 if cuda else 1 << 24)
+    most = args.max_bytes or (1 << 23 if args.quick else 1 << 28 if cuda else 1 << 24)
     if not 4 <= args.min_bytes < most:
         raise ValueError(f"--min-bytes must be at least 4 and below --max-bytes, got {args.min_bytes} and {most}")
     if args.rounds is not None and args.rounds < 1:
