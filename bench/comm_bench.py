@@ -7,8 +7,6 @@ Exit status: 0, 1 a rank failed or the times cannot be fitted, 2 wrong arguments
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,14 +40,12 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(
         prog="comm_bench.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--tp", metavar="P,...", help="default: 1,2,4, or powers of two up to the number of GPUs")
     parser.add_argument(
@@ -186,12 +182,10 @@ def _error(rows: list[dict[str, Any]], kind: str, world_size: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit status. SystemExit (2, or 0 for --help) comes from argparse."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    args, command, device_type = parser.parsed(argv)
     try:
         world_sizes = world_sizes_of(args.tp, device_type)
-        settings = settings_of(args, device_type, shlex.join(["bench/comm_bench.py", *arguments]))
+        settings = settings_of(args, device_type, command)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -200,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         machine = fit_machine(results)
     except (ranks.RankFailed, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return parser.failed(error)
     rows = [row for result in results for row in result["rows"]]
     print(table(results, machine))
     if args.json:

@@ -3,16 +3,33 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """Wrong arguments end in one line and exit status 2."""
+    """Wrong arguments end in one line and exit status 2; description and epilog are printed as they are."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def parsed(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, str, str]:
+        """Return the arguments (None: this process's), the command that they make, and the type of device here."""
+        arguments = sys.argv[1:] if argv is None else argv
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        return self.parse_args(arguments), shlex.join([f"bench/{self.prog}", *arguments]), device_type
+
+    def failed(self, error: Exception) -> int:
+        """Say why the measurement failed; returns the exit status."""
+        print(f"{self.prog}: {error}", file=sys.stderr)
+        return 1
 
     def error(self, message: str) -> NoReturn:
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks one speaks

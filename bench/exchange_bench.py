@@ -8,8 +8,6 @@ Exit status: 0, 1 a rank failed, 2 wrong arguments.
 import argparse
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,14 +46,12 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(
         prog="exchange_bench.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--shape", choices=[*SHAPES], default="analysed", help="(default: %(default)s)")
     parser.add_argument("--tp", type=int, metavar="P", help="ranks (default: the shape's)")
@@ -135,19 +131,16 @@ def table(rows: list[dict[str, Any]], timelines: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit status. SystemExit (2, or 0 for --help) comes from argparse."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    args, command, device_type = parser.parsed(argv)
     try:
-        settings = settings_of(args, device_type, shlex.join(["bench/exchange_bench.py", *arguments]))
+        settings = settings_of(args, device_type, command)
     except ValueError as error:
         parser.error(str(error))
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of each start and stop
     try:
         result = ranks.run(measure, settings, settings.shape.tp, device_type)
     except ranks.RankFailed as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return parser.failed(error)
     if result is None:  # rank 0 of torchrun reports
         return 0
     print(table(result["rows"], result["timelines"]))

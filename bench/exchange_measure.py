@@ -25,7 +25,7 @@ import timing
 import torch
 import workloads
 from ranks import Rank
-from steps import Step
+from steps import RecordedForward, Step
 from torch import Tensor
 from workloads import Problem, Shape
 
@@ -64,8 +64,8 @@ def serial() -> Iterator[None]:
             setattr(passes, name, start)
 
 
-class BackwardStep(Step):
-    """A step whose forward is part of `reset`, so that backward alone is timed."""
+class BackwardStep(RecordedForward):
+    """A backward; the forward before it is part of `reset`, and so not timed."""
 
     def in_order(self) -> contextlib.AbstractContextManager:
         """Return the context to run backward in."""
@@ -74,14 +74,12 @@ class BackwardStep(Step):
     def reset(self) -> None:
         """Drop the last results and run a forward."""
         super().reset()
-        p = self.problem
-        self.y = self.forward(p.x, p.w1, p.b1, p.w2, p.b2, self.group)
+        super().__call__()
 
     def __call__(self) -> None:
         """Run backward."""
-        assert self.y is not None
         with self.in_order():
-            self.y.backward(self.problem.dy)
+            self.backward()
 
 
 class SerialBackwardStep(BackwardStep):

@@ -7,8 +7,6 @@ Exit status: 0, 1 an implementation was wrong or a rank failed, 2 wrong argument
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,15 +66,13 @@ examples:
 SIZES = ("batch", "seq", "hidden", "ffn")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     analysed = SHAPES["analysed"]
     parser = OneLineErrorParser(
         prog="ffn_bench.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_argument_group("what to measure")
     for name, meaning in zip(SIZES, ("batch B", "sequence length S", "hidden_size H", "full F"), strict=True):
@@ -173,11 +169,9 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. SystemExit (2, or 0 for --help) comes from argparse."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    args, command, device_type = parser.parsed(argv)
     try:
-        wanted = settings_of(args, device_type, shlex.join(["bench/ffn_bench.py", *arguments]))
+        wanted = settings_of(args, device_type, command)
     except ValueError as error:
         parser.error(str(error))
     rows, refused = [], []
@@ -190,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += result["rows"]
             refused += result["refused"]
     except ranks.RankFailed as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return parser.failed(error)
     print(report.table(rows, refused))
     if args.json:
         report.write_json(rows, args.json)

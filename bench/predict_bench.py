@@ -8,13 +8,8 @@ comm_bench.py measured. Measured on every rank of a group, host clock, the slowe
               the one that waits least: between the two lies the wait for slower ranks, which the model does not have
 """
 
-import argparse
-import contextlib
 import json
-import shlex
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +22,14 @@ import environment
 import numpy as np
 import ranks
 import report
-import torch
 import workloads
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
+from implementations import IMPLEMENTATIONS
 from ranks import Rank
+from steps import RecordedForward, Step
+from timing import HostClock
 from workloads import SHAPES, Shape
 
-from tpffn_triton import ffn
-from tpffn_triton.collectives import observe
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.machines import Machine
 from tpffn_triton.plan import plan_ffn
@@ -72,7 +67,11 @@ def measure(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
         rank.say(f"{shape.name}, P={shape.tp}: {settings.rounds} rounds")
         full = workloads.draw(shape, settings.dtype, settings.activation, rank.device)
         own = workloads.shard(full, rank.rank, rank.world_size, settings.activation)
-        rounds = [_once(rank, own, settings.activation) for _ in range(settings.rounds + 1)][1:]
+        steps, clock = _steps(rank, own, settings.activation), HostClock()
+        # Not in turns, as elsewhere: a backward needs the forward before it.
+        rounds = [
+            {pass_: clock.measure(step, rank) for pass_, step in steps.items()} for _ in range(settings.rounds + 1)
+        ][1:]
         for pass_ in PASSES:
             longest = np.array([rank.maxima(figures[pass_]) for figures in rounds])
             least = -np.array([rank.maxima([-value for value in figures[pass_]]) for figures in rounds])
@@ -96,32 +95,23 @@ def measure(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _once(rank: Rank, own: workloads.Problem, activation: str) -> dict[str, tuple[float, float]]:
-    """Return (ms, ms that stood still for collectives) of one forward and one backward."""
-    waits: list[float] = []
+class _BackwardOf(Step):
+    """The backward of a forward that has just run."""
 
-    @contextlib.contextmanager
-    def observed() -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        waits.append(time.perf_counter() - begin)
+    def __init__(self, forward: RecordedForward) -> None:
+        self.recorded = forward
 
-    for leaf in own.leaves().values():
-        leaf.grad = None
-    figures = {}
-    y = None
-    for pass_ in PASSES:
-        waits.clear()
-        rank.barrier()
-        with observe(observed):
-            begin = time.perf_counter()
-            if y is None:
-                y = ffn(own.x, own.w1, own.w2, own.b1, own.b2, activation=activation, tp_group=rank.group)
-            else:
-                y.backward(own.dy)
-            elapsed = time.perf_counter() - begin
-        figures[pass_] = (elapsed * 1e3, sum(waits) * 1e3)
-    return figures
+    def reset(self) -> None:
+        """Keep what forward has recorded."""
+
+    def __call__(self) -> None:
+        """Compute the gradients."""
+        self.recorded.backward()
+
+
+def _steps(rank: Rank, own: workloads.Problem, activation: str) -> dict[str, Step]:
+    forward = RecordedForward(IMPLEMENTATIONS["fused"].build(activation, False), own, rank.group, "fwd_bwd")
+    return dict(zip(PASSES, (forward, _BackwardOf(forward)), strict=True))
 
 
 def add_predictions(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -166,14 +156,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return f"{where}\n\n{body}\n\nratio: predicted over measured.{load}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(
         prog="predict_bench.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--tp", default="2,4", metavar="P,...", help="ranks (default: %(default)s)")
     parser.add_argument("--shapes", default=DEFAULT_SHAPES, metavar="NAME,...", help=f"of {', '.join(SHOWN)}")
@@ -189,10 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; returns the exit status. SystemExit (2, or 0 for --help) comes from argparse."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    command = shlex.join(["bench/predict_bench.py", *(sys.argv[1:] if argv is None else argv)])
+    args, command, device_type = parser.parsed(argv)
     try:
-        if torch.cuda.is_available() or ranks.attached_world_size() is not None:
+        if device_type == "cuda" or ranks.attached_world_size() is not None:
             raise ValueError("measured on CPU ranks that are started here: no CUDA device, no torchrun")
         world_sizes = comm_bench.world_sizes_of(args.tp, "cpu")
         if world_sizes[0] == 1:
@@ -219,8 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = machine or comm_fit.fit_machine(results)
         add_predictions(rows, machine)
     except (ranks.RankFailed, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return parser.failed(error)
     print(table(rows))
     if args.json:
         written = {**machine.to_dict(), "command": command, "rows": rows}

@@ -43,6 +43,20 @@ class Step:
         return {"y": self.y} | grads
 
 
+class RecordedForward(Step):
+    """A forward that keeps what backward needs."""
+
+    def __call__(self) -> None:
+        """Compute y."""
+        p = self.problem
+        self.y = self.forward(p.x, p.w1, p.b1, p.w2, p.b2, self.group)
+
+    def backward(self) -> None:
+        """Compute the gradients."""
+        assert self.y is not None
+        self.y.backward(self.problem.dy)
+
+
 class CapturedStep(Step):
     """A step replayed as a CUDA graph, which owns its results: NaN at first, overwritten by each call."""
 

@@ -44,7 +44,7 @@ from rank_pool import use
 import tpffn_triton as tp
 
 GROUP_SECONDS, LIMIT_SECONDS = 5, 45
-STATUS_LOST = 255  # what multiprocessing says where its fork server could not tell, about once in 200 processes
+STATUS_LOST = 255  # what multiprocessing says where its fork server could not tell
 FAILURES = ("UNEXPECTED", "ABORTED", "HUNG")
 HEADER = """\
 # What happens when a rank fails

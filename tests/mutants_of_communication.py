@@ -11,14 +11,14 @@ MUTANTS = {
         ("x not gathered", "tokens = wait(_start_gather(tokens, call))", "pass", SLICES),
         (
             "slice of x for dw1",
-            "    if slices and x is not None and not recompute:\n        x = _start_gather(x, call)",
-            "    recompute = True",
+            "x_in_flight = slices and need_w1 and not recompute",
+            "x_in_flight = False",
             SLICES,
         ),
         (
             "x waited for before dgrad",
-            "    if slices and x is not None and not recompute:\n        x = _start_gather(x, call)",
-            "    if slices and x is not None and not recompute:\n        x = wait(_start_gather(x, call))",
+            "    if x_in_flight:\n        x = _start_gather(x, call)",
+            "    if x_in_flight:\n        x = wait(_start_gather(x, call))",
             "test_sequence_parallel.py -k in_flight",
         ),
         (
@@ -29,8 +29,8 @@ MUTANTS = {
         ),
         (
             "dy gathered for db2",
-            "    if slices and (need_d_pre or need_w2):\n        dy = _start_gather(dy, call)",
-            "    if slices:\n        dy = _start_gather(dy, call)",
+            "gather_dy = slices and wanted.all_dy",
+            "gather_dy = slices",
             "test_sequence_parallel.py -k collectives_and",
         ),
         (

@@ -12,7 +12,7 @@ MUTANTS = {
         ("b2 added by every rank", "b2 if call.group.rank() == 0 else None", "b2", RANKS.format("relu-")),
         (
             "gradients never compared",
-            "agree_on_gradient(group, dy, not call.sequence_parallel, communicates)",
+            "agree_on_gradient(group, dy, not slices, need_x or gather_dy)",
             "pass",
             "test_agreement.py -k until_its_end",
         ),

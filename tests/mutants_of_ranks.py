@@ -198,8 +198,8 @@ MUTANTS = {
     "tpffn_triton/passes.py": [
         (
             "backward that sends nothing counted",
-            "communicates = need_x or (",
-            "communicates = True or (",
+            "not slices, need_x or gather_dy)",
+            "not slices, True)",
             "test_expected_calls.py -k left_out",
         ),
     ],

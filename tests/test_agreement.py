@@ -1,6 +1,5 @@
 """What ranks compare and when: over the group's store, once per kind and change of shape, and on demand."""
 
-import contextlib
 import time
 import warnings
 from datetime import timedelta
@@ -8,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from exchanges import counted_exchanges, new_group
 from ffn_cases import draw, ours, shards
 from rank_pool import use
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
@@ -16,21 +16,6 @@ import tpffn_triton as tp
 from tpffn_triton import agreement, group_store
 
 pytestmark = pytest.mark.cpu_only
-
-
-def new_group(world_size, **options):
-    return dist.new_group(list(range(world_size)), **options)
-
-
-@contextlib.contextmanager
-def counted_exchanges():
-    """Yield a list to which every exchange appends what this rank sent."""
-    sent, original = [], group_store.GroupStore.exchange
-    group_store.GroupStore.exchange = lambda self, facts: sent.append(facts) or original(self, facts)
-    try:
-        yield sent
-    finally:
-        group_store.GroupStore.exchange = original
 
 
 def exchanges_of_calls(rank, world_size, calls):

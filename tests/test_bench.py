@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -37,16 +37,6 @@ NEEDED = {
     *("communication_included", "peak_mem_bytes", "max_rel_err", "error_vs_unfused"),
     *("device", "ranks", "cores", "threads", "backend", "torch", "triton", "numpy", "python", "commit", "command"),
 }
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user would: from elsewhere, without the package on the path, kernels not interpreted."""
-    dropped = ("TRITON_INTERPRET", "PYTHONPATH", "RANK", "WORLD_SIZE")
-    environ = {name: value for name, value in os.environ.items() if name not in dropped}
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True, text=True, timeout=240, check=False, env=environ, cwd=ROOT / "tests",
-    )  # fmt: skip
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,16 +32,6 @@ from tpffn_triton.predict import predict
 pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [1 << power for power in range(12, 25, 2)]
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user would: from elsewhere, without the package on the path, kernels not interpreted."""
-    dropped = ("TRITON_INTERPRET", "PYTHONPATH", "RANK", "WORLD_SIZE")
-    environ = {name: value for name, value in os.environ.items() if name not in dropped}
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True, text=True, timeout=240, check=False, env=environ, cwd=ROOT / "tests",
-    )  # fmt: skip
 
 
 def rows_of(kind: str, p: int, alpha: float, gb_per_s: float, noise: float = 0.0) -> list[dict[str, Any]]:

@@ -1,15 +1,12 @@
 """bench/exchange_bench.py on a small shape: every way is timed, the timelines show the orders they claim."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, run
 
 pytestmark = pytest.mark.cpu_only
-ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench" / "exchange_bench.py"
 WAYS = [
     ("backward", "serial"),
     ("backward", "overlapped"),
@@ -21,15 +18,9 @@ WAYS = [
 ]
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, "bench/exchange_bench.py", *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-
-
 def test_every_way_and_its_timeline(tmp_path):
     out, trace, plot = tmp_path / "out.json", tmp_path / "trace.json", tmp_path / "new" / "timeline.png"
-    result = run("--quick", "--shape", "small", "--threads", 1, "--json", out, "--trace", trace, "--plot", plot)
+    result = run(BENCH, "--quick", "--shape", "small", "--threads", 1, "--json", out, "--trace", trace, "--plot", plot)
     assert result.returncode == 0, result.stderr
     written = json.loads(out.read_text())
     assert [(row["work"], row["way"]) for row in written["rows"]] == WAYS
@@ -70,7 +61,7 @@ def test_every_way_and_its_timeline(tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, message):
-    result = run(*arguments)
+    result = run(BENCH, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1

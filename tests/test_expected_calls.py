@@ -4,9 +4,9 @@ from datetime import timedelta
 
 import pytest
 import torch
+from exchanges import counted_exchanges, new_group
 from ffn_cases import draw, ours, shards
 from rank_pool import use
-from test_agreement import counted_exchanges, new_group
 from torch.utils.checkpoint import checkpoint
 
 import tpffn_triton as tp

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from launches import RecordOperators
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -46,7 +47,7 @@ def test_opcheck(name, dtype, device):
     """Schema, fake implementation and dispatch hold under torch's own checker."""
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     op = getattr(torch.ops.tpffn, name.split()[0]).default
-    torch.library.opcheck(op, calls(device, dtype)[name], test_utils=checks)
+    library.opcheck(op, calls(device, dtype)[name], test_utils=checks)
 
 
 @pytest.mark.parametrize("flags", [(False, None), (True, None), (False, torch.float32)])

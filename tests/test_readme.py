@@ -74,6 +74,46 @@ def test_host_cost_quotes_its_file():
     assert (round(row["fused_us"]), round(row["unfused_us"])) == (int(fused), int(unfused))
 
 
+def written(name: str) -> dict:
+    """Return a results file that the documents quote."""
+    return json.loads((ROOT / "bench" / "results" / "2026-11-23_cpu" / f"{name}.json").read_text())
+
+
+def quantiles(row: dict, what: str, form: str) -> str:
+    """Return p50 [p20–p80] as the documents show them."""
+    return "{p50:{form}} [{p20:{form}}–{p80:{form}}]".format(
+        form=form, **{f"p{p}": row[f"{what}_p{p}"] for p in (20, 50, 80)}
+    )
+
+
+def test_communication_quotes_its_files():
+    """Every row of the table of exchanges, from the two files that it names; and the fitted latency."""
+    text = (ROOT / "docs" / "communication.md").read_text()
+    four, two = written("exchange")["rows"], written("exchange_2_ranks")["rows"]
+    assert len(four) == len(two) > 8
+    for rows in zip(four, two, strict=True):
+        cells = [f"{rows[0]['work']}, {rows[0]['dtype']}", rows[0]["way"]]
+        for row in rows:
+            cells += [quantiles(row, "ms", ".1f"), f"{row['comm_ms']:.1f}", quantiles(row, "ratio", ".2f")]
+        cells.append("" if rows[0]["y_rel_err"] is None else f"{rows[0]['y_rel_err']:.2e}")
+        assert f"| {' | '.join(cells)} |" in text, rows[0]["way"]
+    (alpha,) = re.findall(r"6 rounds of the (\d+) µs", text)
+    terms = written("comm")["machine"]["link"]["terms"]
+    assert [round(t["alpha_us"]) for t in terms if (t["kind"], t["world_size"]) == ("all_reduce", 4)] == [int(alpha)]
+
+
+def test_cost_model_quotes_its_file():
+    text = (ROOT / "docs" / "cost_model.md").read_text()
+    rows = written("predicted")["rows"]
+    assert len(rows) > 8
+    for row in rows:
+        sizes = f"B={row['batch']} S={row['seq']} H={row['hidden']} F={row['ffn']}"
+        where = f"| {row['shape']}: {sizes} | {row['tp']} | {row['pass']} |"
+        predicted = f"{row['predicted_ms']:.2f} | {row['predicted_ms'] / row['ms_p50']:.2f}"
+        exposed = f"{row['exposed_ms']:.2f} ({row['exposed_ms_least']:.2f}) | {row['predicted_exposed_ms']:.2f}"
+        assert f"{where} {quantiles(row, 'ms', '.2f')} | {predicted} | {exposed} |" in text, where
+
+
 def test_table_quotes_its_files():
     """Each measured row of the table names a results file and says what stands in it."""
     rows = re.findall(

@@ -61,6 +61,22 @@ class Wanted:
     shape: torch.Size  # of x
     weights: tuple[Tensor, Tensor] | None  # where their main_grad is written: w1 and w2 themselves
 
+    @property
+    def d_pre(self) -> bool:
+        """Whether d_pre is needed."""
+        need_x, need_w1, _, need_b1, _ = self.needs
+        return need_x or need_w1 or need_b1
+
+    @property
+    def all_dy(self) -> bool:
+        """Whether dy of all tokens is needed: for everything but db2."""
+        return self.d_pre or self.needs[2]
+
+    @property
+    def recompute(self) -> bool:
+        """Whether Linear1 is computed again."""
+        return self.call.keep == "nothing" and self.all_dy
+
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """View [..., H] as [M, H] with a contiguous last dim and rows that do not overlap; copies or casts if it must."""
@@ -131,9 +147,6 @@ def prepare_backward(
     needs: tuple[bool, ...], x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: Call
 ) -> tuple[Wanted, tuple[Tensor | None, ...]]:
     """Return what backward is to do, and which of (x, w1, w2, b1) it needs for that (None: not)."""
-    need_x, need_w1, need_w2, need_b1, _ = needs
-    need_d_pre = need_x or need_w1 or need_b1
-    recompute = call.keep == "nothing" and (need_d_pre or need_w2)
     wanted = Wanted(
         call,
         needs,
@@ -141,11 +154,12 @@ def prepare_backward(
         x.shape,
         (w1, w2) if call.fuse else None,
     )
+    need_x, need_w1, *_ = needs
     return wanted, (
-        x if need_w1 or recompute else None,
-        w1 if need_x or recompute else None,
-        w2 if need_d_pre else None,
-        b1 if recompute else None,
+        x if need_w1 or wanted.recompute else None,
+        w1 if need_x or wanted.recompute else None,
+        w2 if wanted.d_pre else None,
+        b1 if wanted.recompute else None,
     )
 
 
@@ -162,27 +176,26 @@ def backward(
     call = wanted.call
     activation, keep, group, dtype = call.activation, call.keep, call.group, call.dtype
     need_x, need_w1, need_w2, need_b1, need_b2 = wanted.needs
-    need_d_pre = need_x or need_w1 or need_b1
+    need_d_pre, recompute, slices = wanted.d_pre, wanted.recompute, call.sequence_parallel
+    gather_dy = slices and wanted.all_dy
     if group is not None:
-        communicates = need_x or (call.sequence_parallel and (need_d_pre or need_w2))
-        agree_on_gradient(group, dy, not call.sequence_parallel, communicates)
+        agree_on_gradient(group, dy, not slices, need_x or gather_dy)
     kernels = ops.kernels(dy, x, w1, w2, b1)
     present: Any = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
     x, w1, w2 = present
     own_dy = dy = _rows(dy, dtype)
-    recompute = keep == "nothing" and (need_d_pre or need_w2)
-    slices = call.sequence_parallel
     # One gather at a time: two at once would both come late.
     if slices and recompute:
         x = wait(_start_gather(x, call))
-    if slices and (need_d_pre or need_w2):
+    if gather_dy:
         dy = _start_gather(dy, call)
     act, pre_act = (kept, None) if keep == "act" else (None, kept)
     if recompute:
         act, pre_act = kernels.linear_act(x, w1, _vector(b1, dtype), activation, need_d_pre)
-    if slices and (need_d_pre or need_w2):
+    if gather_dy:
         dy = wait(dy)
-    if slices and x is not None and not recompute:
+    x_in_flight = slices and need_w1 and not recompute
+    if x_in_flight:
         x = _start_gather(x, call)
     dx = dw1 = dw2 = db1 = db2 = None
     if need_d_pre:
@@ -196,7 +209,7 @@ def backward(
     if need_w2:
         dw2 = _weight_grad(kernels, dy, act, wanted, 1)
     if need_w1:
-        dw1 = _weight_grad(kernels, d_pre, wait(x) if slices and not recompute else x, wanted, 0)
+        dw1 = _weight_grad(kernels, d_pre, wait(x) if x_in_flight else x, wanted, 0)
     if need_b2:
         db2 = kernels.column_sum(own_dy, wanted.dtypes[4])
     if dx is not None:
