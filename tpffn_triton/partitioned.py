@@ -94,8 +94,9 @@ class _Call:
             return start_all_reduce(t, self.group)
         if kind == "all_gather":
             return start_all_gather(t.contiguous(), self.group)
-        by_rank = t.view(t.shape[0], halves, self.group.size(), -1).permute(2, 0, 1, 3)
-        return start_reduce_scatter(by_rank.reshape(self.group.size() * t.shape[0], -1), self.group)
+        ranks, (tokens, features) = self.group.size(), t.shape
+        by_rank = t.view(tokens, halves, ranks, features // halves // ranks).permute(2, 0, 1, 3)
+        return start_reduce_scatter(by_rank.reshape(ranks * tokens, features // ranks), self.group)
 
     def finish(self, kind: str | None, started: Tensor, halves: int = 1) -> Tensor:
         """Return the result of a collective that `start` began."""
@@ -104,15 +105,18 @@ class _Call:
         result = wait(started)
         if kind != "all_gather":
             return result
-        tokens = result.shape[0] // self.group.size()
-        return result.view(-1, tokens, halves, result.shape[1] // halves).permute(1, 2, 0, 3).reshape(tokens, -1)
+        ranks, (rows, features) = self.group.size(), result.shape
+        by_rank = result.view(ranks, rows // ranks, halves, features // halves)
+        return by_rank.permute(1, 2, 0, 3).reshape(rows // ranks, ranks * features)
 
     def exchange(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
         return self.finish(kind, self.start(kind, t, halves), halves)
 
     def own_features(self, t: Tensor) -> Tensor:
         """Return this rank's part of the features of t [M, n]: a copy, which does not keep the whole alive."""
-        return t if self.group is None else t.chunk(self.group.size(), dim=1)[self.group.rank()].contiguous()
+        if self.group is None:
+            return t
+        return t.chunk(self.group.size(), dim=1)[self.group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 class _PartitionedFFN(torch.autograd.Function):
@@ -123,7 +127,8 @@ class _PartitionedFFN(torch.autograd.Function):
         y, saved = reporting(ctx.call.group, _forward, *inputs)
         if ctx.call.recorded:
             ctx.save_for_backward(*saved)
-        return y.view(ctx.shape)
+        # Not view: autograd refuses to modify a view in place, as `y += residual` does.
+        return torch.ops.aten._unsafe_view(y, ctx.shape)
 
     @staticmethod
     @once_differentiable
