@@ -172,6 +172,10 @@ def any_shape(rank, world_size, partitioning, activation, lead, H, F, biases, la
     biases=st.tuples(st.booleans(), st.booleans()),
     layouts=st.tuples(*[st.sampled_from(["contiguous", "strided", "transposed"])] * 2),
 )
+# reshape takes a token's single features apart without a copy.
+@hypothesis.example(
+    partitioning="row_row", activation="geglu", lead=(), H=2, F=2, biases=(True, True), layouts=("contiguous",) * 2
+)
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_any_shape_and_strides(partitioning, activation, lead, H, F, biases, layouts, ranks_of):
     """In fp64: from nothing to three leading dims, a vector included."""
