@@ -72,7 +72,8 @@ def partitioned_ffn(
     else:
         options = (activation, p.name, "no b1" if b1 is None else "b1", "no b2" if b2 is None else "b2")
         kind = LayerKind(w1.shape, dtype, x.device.type, options)
-        agree(group, kind, 1, True, x, w1, w2, b1, b2 if p.cuts["b2"] is None else None)
+        replicated = ("x", *(name for name, dim in p.cuts.items() if dim is None))
+        agree(group, kind, 1, replicated, x, w1, w2, b1, b2)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     return _PartitionedFFN.apply(x, w1, w2, b1, b2, _Call(p, activation, group, dtype, recorded))
 
