@@ -85,8 +85,8 @@ MUTANTS = {
         ),
         (
             "input of a collective freed at its start",
-            "used = max([number, *(n",
-            "used = max([number, *(number",
+            "max(number, *hiding, ",
+            "max(number, ",
             "test_plan_memory.py -k 'slices and gelu'",
         ),
         (
