@@ -191,7 +191,7 @@ MUTANTS = {
         (
             "checkpointing's early stop reported",
             "return _FFN.apply(*inputs)",
-            "return _reporting(group, _FFN.apply, *inputs)",
+            "return reporting(group, _FFN.apply, *inputs)",
             "test_expected_calls.py -k repeats_itself",
         ),
     ],

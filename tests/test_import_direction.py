@@ -20,7 +20,7 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts", "examples")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "group_store", "reference", "plan_report", "machines"),
+    ("interpreter", "group_store", "reference", "plan_report", "machines", "partitionings"),
     ("native", "collectives", "presets", "cost_model", "plan_communication"),
     ("backends", "agreement", "regions", "predict"),
     ("ops", "validation"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("sweep",),
     ("plan_command",),
     ("transforms",),
-    ("functional",),
+    ("functional", "partitioned"),
     ("module",),
     ("replicated_grads", "comparison"),
     ("__init__", "__main__"),

@@ -24,9 +24,9 @@ alike.
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -197,6 +197,16 @@ def report(group: dist.ProcessGroup, error: Exception) -> None:
     store = store_of(group)
     if store is not None and not isinstance(error, CollectiveError):
         store.note(f"raised {type(error).__name__}: {error}")
+
+
+def reporting(group: "dist.ProcessGroup | None", function: Callable, *args: Any) -> Any:
+    """Return function(*args); if it raises, `report` that to the group."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if group is not None and not torch.compiler.is_compiling():
+            report(group, error)
+        raise
 
 
 def compare(group: dist.ProcessGroup, facts: Facts) -> list[Facts]:

@@ -1,6 +1,5 @@
 """ffn(): the public function, and its place in autograd. What it computes is in passes.py."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpffn_triton.agreement import LayerKind, agree, reject, report
+from tpffn_triton.agreement import LayerKind, agree, reject, reporting
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.cost_model import forward_chunks as best_chunks
 from tpffn_triton.kernels._configs import arithmetic_of
@@ -119,11 +118,11 @@ def ffn(
         agree(comparing, kind, call.chunks, not sequence_parallel, x, w1, w2, b1, b2)
     inputs = x, w1, w2, b1, b2, call
     if transforming():
-        return _reporting(group, TransformableFFN.apply, *inputs)
+        return reporting(group, TransformableFFN.apply, *inputs)
     if need_d_pre or need_w2 or need_b2:
         # Not reported: checkpointing ends a recomputation by an exception out of apply.
         return _FFN.apply(*inputs)
-    return _reporting(group, forward, *inputs)[0]
+    return reporting(group, forward, *inputs)[0]
 
 
 def _best_chunks(
@@ -144,23 +143,13 @@ def _best_chunks(
     return best_chunks(machine, x.numel() // max(hidden, 1), hidden, features, group.size(), name, reduced_itemsize)
 
 
-def _reporting(group: "dist.ProcessGroup | None", function: Callable, *args: Any) -> Any:
-    """Return function(*args); if it raises, tell the group's other ranks."""
-    try:
-        return function(*args)
-    except Exception as error:
-        if group is not None and not torch.compiler.is_compiling():
-            report(group, error)
-        raise
-
-
 class _FFN(torch.autograd.Function):
     """y of (x, w1, w2, b1, b2, call), for ordinary calls: Function.apply binds the arguments of one that can be
     transformed by inspection, at 20 µs a call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, kept = _reporting(inputs[5].group, forward, *inputs)
+        y, kept = reporting(inputs[5].group, forward, *inputs)
         ctx.wanted, saved = prepare_backward(ctx.needs_input_grad[:5], *inputs)
         ctx.save_for_backward(*saved, kept if inputs[5].keep != "nothing" else None)
         return y
@@ -169,4 +158,4 @@ class _FFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        return *_reporting(ctx.wanted.call.group, backward, ctx.wanted, dy, *saved), None
+        return *reporting(ctx.wanted.call.group, backward, ctx.wanted, dy, *saved), None

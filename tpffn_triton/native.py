@@ -84,20 +84,22 @@ def linear_dact(
     dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or None, the first's column sums or None)."""
-    d_act = dgrad(dy, weight)
-    if activation in GATED_ACTIVATIONS:
-        plain = GATED_ACTIVATIONS[activation]
-        gate, up = pre_act.chunk(2, dim=1)
-        value = _ACTIVATE[plain](gate)
-        d_pre = torch.empty_like(pre_act)
-        d_gate, d_up = d_pre.chunk(2, dim=1)
-        torch.mul(d_act, value, out=d_up)
-        d_gate.copy_(_BACKWARD[plain](d_act.mul_(up), gate))
-        act = value.mul_(up) if need_act else None
-    else:
-        d_pre = _BACKWARD[activation](d_act, pre_act)
-        act = _ACTIVATE[activation](pre_act) if need_act else None
+    d_pre, act = dact(dgrad(dy, weight), pre_act, activation, need_act)
     return d_pre, act, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
+
+
+def dact(d_act: Tensor, pre_act: Tensor, activation: str, need_act: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (d_act ⊙ act'(pre_act), act(pre_act) or None), on any device; d_act is consumed."""
+    if activation not in GATED_ACTIVATIONS:
+        return _BACKWARD[activation](d_act, pre_act), _ACTIVATE[activation](pre_act) if need_act else None
+    plain = GATED_ACTIVATIONS[activation]
+    gate, up = pre_act.chunk(2, dim=1)
+    value = _ACTIVATE[plain](gate)
+    d_pre = torch.empty_like(pre_act)
+    d_gate, d_up = d_pre.chunk(2, dim=1)
+    torch.mul(d_act, value, out=d_up)
+    d_gate.copy_(_BACKWARD[plain](d_act.mul_(up), gate))
+    return d_pre, value.mul_(up) if need_act else None
 
 
 def dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

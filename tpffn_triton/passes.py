@@ -78,7 +78,7 @@ class Wanted:
         return self.call.keep == "nothing" and self.all_dy
 
 
-def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+def as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """View [..., H] as [M, H] with a contiguous last dim and rows that do not overlap; copies or casts if it must."""
     if t.dim() != 2:
         t = t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
@@ -89,7 +89,7 @@ def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t
 
 
-def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def as_vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if t is None or (t.dtype == dtype and t.is_contiguous()):
         return t
     return t.to(dtype).contiguous()
@@ -101,12 +101,12 @@ def forward(
     """Return y, and pre_act or act, whichever backward is to keep."""
     activation, keep, dtype = call.activation, call.keep, call.dtype
     kernels = ops.kernels(x, w1, w2, b1, b2)
-    b1, b2 = _vector(b1, dtype), _vector(b2, dtype)
-    tokens = _rows(x, dtype)
+    b1, b2 = as_vector(b1, dtype), as_vector(b2, dtype)
+    tokens = as_rows(x, dtype)
     if call.sequence_parallel:
         tokens = wait(_start_gather(tokens, call))
-    act, pre_act = kernels.linear_act(tokens, _rows(w1, dtype), b1, activation, keep == "pre_act")
-    y = _linear2(kernels, act, _rows(w2, dtype), b2, call)
+    act, pre_act = kernels.linear_act(tokens, as_rows(w1, dtype), b1, activation, keep == "pre_act")
+    y = _linear2(kernels, act, as_rows(w2, dtype), b2, call)
     # Not view: autograd refuses to modify a view in place, as `y += residual` does.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), act if keep == "act" else pre_act
 
@@ -181,9 +181,9 @@ def backward(
     if group is not None:
         agree_on_gradient(group, dy, not slices, need_x or gather_dy)
     kernels = ops.kernels(dy, x, w1, w2, b1)
-    present: Any = (None if t is None else _rows(t, dtype) for t in (x, w1, w2))
+    present: Any = (None if t is None else as_rows(t, dtype) for t in (x, w1, w2))
     x, w1, w2 = present
-    own_dy = dy = _rows(dy, dtype)
+    own_dy = dy = as_rows(dy, dtype)
     # One gather at a time: two at once would both come late.
     if slices and recompute:
         x = wait(_start_gather(x, call))
@@ -191,7 +191,7 @@ def backward(
         dy = _start_gather(dy, call)
     act, pre_act = (kept, None) if keep == "act" else (None, kept)
     if recompute:
-        act, pre_act = kernels.linear_act(x, w1, _vector(b1, dtype), activation, need_d_pre)
+        act, pre_act = kernels.linear_act(x, w1, as_vector(b1, dtype), activation, need_d_pre)
     if gather_dy:
         dy = wait(dy)
     x_in_flight = slices and need_w1 and not recompute

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from tpffn_triton.kernels._launch import SUPPORTED_DTYPES
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, halves
 from tpffn_triton.machines import Machine
+from tpffn_triton.partitionings import Partitioning
 
 SAVE_MODES = ("pre_act", "nothing")
 # fp64 is for the native CPU path: the Triton launchers refuse it.
@@ -98,6 +99,38 @@ def check_shapes(
         given = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
         shapes = ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
         raise ValueError(f"{problem}; got {shapes}")
+
+
+def check_partitioned_shapes(
+    x: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+    partitioning: Partitioning,
+    world_size: int,
+) -> None:
+    """Check that x [..., H] and one rank's shards fit together and into the partitioning; None: absent.
+
+    Raises: ValueError: shapes that do not fit, or a size that P does not divide.
+    """
+    given = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    shapes = ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
+    if w1.dim() != 2 or w2.dim() != 2 or (x is not None and x.dim() < 1):
+        raise ValueError(f"{partitioning.name} expects x [..., H] and two matrices; got {shapes}")
+    # From w2, whose rows are never halves.
+    parts = [world_size if dim == partitioning.cuts["w2"] else 1 for dim in (0, 1)]
+    H, F = (size * count for size, count in zip(w2.shape, parts, strict=True))
+    fitting: dict[str, tuple[int, ...]] = partitioning.shard_shapes(H, F, world_size, halves(activation))
+    if any((t := given[name]) is not None and t.shape != shape for name, shape in fitting.items()) or (
+        x is not None and x.shape[-1] != H
+    ):
+        wanted = ", ".join(f"{name} {list(shape)}" for name, shape in fitting.items())
+        raise ValueError(
+            f"{partitioning.name} with {activation} over {world_size} ranks, by w2 H={H}, F={F}: expects "
+            f"x [..., {H}], {wanted}; got {shapes}"
+        )
 
 
 def check_dtypes(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> torch.dtype:

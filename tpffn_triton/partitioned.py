@@ -1,0 +1,196 @@
+"""Run the FFN in any of the four partitionings, forward and backward, with the kernels and collectives of `ffn`.
+
+`ffn` is column_row, with everything that a model wants of it. This is what it is compared with: one pair of passes for
+all, which partitionings.py's table steers, each with the fusion and the overlap that its collectives leave room for.
+
+    x, y, dy, dx    [..., H]    whole on every rank; M the product of the leading dims
+    w1, b1, w2, b2              cut as `Partitioning.cuts` says; W = F, gated 2F
+    pre_act         [M, W/P], in row_column [M, W];  hidden [M, F/P], with a column-parallel Linear2 [M, F]
+
+    forward     Linear1, bias and activation in one kernel if column-parallel; else its partial sums are exchanged
+                first, and bias and activation are passes over memory
+    backward    d_hidden and d_pre in one kernel if Linear2 is row-parallel; else the partial sums of d_hidden are
+                exchanged first. Linear2's gradients are computed behind the first exchange, Linear1's behind that of dx
+
+Collectives join dim 0: those along features take one more copy, as they do in Megatron-LM's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpffn_triton import native, ops
+from tpffn_triton.agreement import LayerKind, agree, agree_on_gradient, reject, reporting
+from tpffn_triton.collectives import resolve_group, start_all_gather, start_all_reduce, start_reduce_scatter, wait
+from tpffn_triton.kernels.activations import halves
+from tpffn_triton.partitionings import PARTITIONINGS, Partitioning, partitioning_of
+from tpffn_triton.passes import as_rows, as_vector
+from tpffn_triton.reference import ACTIVATIONS
+from tpffn_triton.validation import check_activation, check_dtypes, check_partitioned_shapes
+
+
+def partitioned_ffn(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    partitioning: str,
+    activation: str = "gelu",
+    tp_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+) -> Tensor:
+    """Return act(x @ w1.T + b1) @ w2.T + b2 of the full weights, of which this rank holds shards.
+
+    x, y          [..., H], the same on every rank; dtypes as in `ffn`
+    partitioning  "column_row" (the shards of `ffn`), "row_row", "column_column" or "row_column"
+    w1, b1        Linear1 column-parallel: [W/P, H], [W/P]; row-parallel: [W, H/P], and b1 [W/P] (row_row) or [W]
+    w2, b2        Linear2 row-parallel: [H, F/P], [H]; column-parallel: [H/P, F], [H/P]
+    tp_group      None (no parallelism: all four are the same), a ProcessGroup or a 1-D DeviceMesh
+
+    Ranks compare their arguments as those of `ffn` do. First derivatives; not for torch.compile and torch.func.
+
+    Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
+    CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
+    """
+    group = resolve_group(tp_group)
+    try:
+        p = partitioning_of(partitioning)
+        check_activation(activation)
+        dtype = check_dtypes(x, w1, w2, b1, b2)
+        check_partitioned_shapes(x, w1, w2, b1, b2, activation, p, 1 if group is None else group.size())
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            reject(group, error)
+        raise
+    if group is None:
+        p = PARTITIONINGS["column_row"]  # nothing is cut
+    else:
+        options = (activation, p.name, "no b1" if b1 is None else "b1", "no b2" if b2 is None else "b2")
+        kind = LayerKind(w1.shape, dtype, x.device.type, options)
+        agree(group, kind, 1, True, x, w1, w2, b1, b2 if p.cuts["b2"] is None else None)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
+    return _PartitionedFFN.apply(x, w1, w2, b1, b2, _Call(p, activation, group, dtype, recorded))
+
+
+@dataclass
+class _Call:
+    partitioning: Partitioning
+    activation: str
+    group: Any  # the process group; None for one rank
+    dtype: torch.dtype  # to compute in
+    recorded: bool  # backward may come
+
+    def start(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
+        """Begin a collective along the features of t [M, halves · n], of which each half is cut by itself."""
+        if kind is None or self.group is None:
+            return t
+        if kind == "all_reduce":
+            return start_all_reduce(t, self.group)
+        if kind == "all_gather":
+            return start_all_gather(t.contiguous(), self.group)
+        by_rank = t.view(t.shape[0], halves, self.group.size(), -1).permute(2, 0, 1, 3)
+        return start_reduce_scatter(by_rank.reshape(self.group.size() * t.shape[0], -1), self.group)
+
+    def finish(self, kind: str | None, started: Tensor, halves: int = 1) -> Tensor:
+        """Return the result of a collective that `start` began."""
+        if kind is None or self.group is None:
+            return started
+        result = wait(started)
+        if kind != "all_gather":
+            return result
+        tokens = result.shape[0] // self.group.size()
+        return result.view(-1, tokens, halves, result.shape[1] // halves).permute(1, 2, 0, 3).reshape(tokens, -1)
+
+    def exchange(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
+        return self.finish(kind, self.start(kind, t, halves), halves)
+
+    def own_features(self, t: Tensor) -> Tensor:
+        """Return this rank's part of the features of t [M, n]: a copy, which does not keep the whole alive."""
+        return t if self.group is None else t.chunk(self.group.size(), dim=1)[self.group.rank()].contiguous()
+
+
+class _PartitionedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.call, ctx.shape = inputs[5], inputs[0].shape
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
+        y, saved = reporting(ctx.call.group, _forward, *inputs)
+        if ctx.call.recorded:
+            ctx.save_for_backward(*saved)
+        return y.view(ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, *grads = reporting(ctx.call.group, _backward, dy, *ctx.saved_tensors, ctx.dtypes, ctx.call)
+        return dx.view(ctx.shape).to(ctx.dtypes[0]), *grads, None
+
+
+def _forward(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, call: _Call
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return y [M, H], and what backward needs: Linear1's input, w1, w2, pre_act, and hidden if it was gathered."""
+    p, activation, dtype = call.partitioning, call.activation, call.dtype
+    kernels = ops.kernels(x, w1, w2, b1, b2)
+    x, w1, w2 = (as_rows(t, dtype) for t in (x, w1, w2))
+    b1, b2 = as_vector(b1, dtype), as_vector(b2, dtype)
+    if p.linear1 == "column":
+        hidden, pre_act = kernels.linear_act(x, w1, b1, activation, call.recorded)
+    else:
+        x = call.own_features(x)
+        pre_act = call.exchange(p.pre_act.forward, kernels.linear(x, w1, None), halves(activation))
+        if b1 is not None:
+            pre_act += b1
+        hidden = ACTIVATIONS[activation](pre_act)
+    hidden = call.exchange(p.hidden.forward, hidden)
+    if p.linear2 == "row" and call.group is not None and call.group.rank() > 0:
+        b2 = None  # one rank adds it
+    y = call.exchange(p.y.forward, kernels.linear(hidden, w2, b2))
+    return y, (x, w1, w2, pre_act, None if p.hidden.forward is None else hidden)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre_act: Tensor,
+    hidden: Any,
+    dtypes: list[torch.dtype | None],
+    call: _Call,
+) -> tuple[Tensor | None, ...]:
+    """Return (dx [M, H], dw1, dw2, db1, db2), None for a bias that is None. All are computed, wanted or not."""
+    p, activation = call.partitioning, call.activation
+    _, w1_dtype, w2_dtype, b1_dtype, b2_dtype = dtypes
+    if call.group is not None:
+        agree_on_gradient(call.group, dy, True, True)
+    kernels = ops.kernels(dy, x, w1, w2)
+    dy = as_rows(dy, call.dtype)
+    if p.linear2 == "column":
+        dy = call.own_features(dy)
+
+    def linear2_gradients(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        return kernels.wgrad(dy, hidden, w2_dtype), None if b2_dtype is None else kernels.column_sum(dy, b2_dtype)
+
+    gradients = None  # of Linear2: behind the first exchange
+    if p.hidden.backward is None:
+        d_pre, hidden, db1 = kernels.linear_dact(dy, w2, pre_act, activation, True, b1_dtype)
+        if p.pre_act.backward is not None:
+            d_pre = call.start(p.pre_act.backward, d_pre, halves(activation))
+            gradients = linear2_gradients(hidden)
+            d_pre = call.finish(p.pre_act.backward, d_pre, halves(activation))
+    else:
+        d_hidden = call.start(p.hidden.backward, kernels.dgrad(dy, w2))
+        gradients = linear2_gradients(ACTIVATIONS[activation](pre_act) if hidden is None else hidden)
+        d_pre, _ = native.dact(call.finish(p.hidden.backward, d_hidden), pre_act, activation, False)
+        db1 = None if b1_dtype is None else kernels.column_sum(d_pre, b1_dtype)
+    dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
+    dw2, db2 = gradients or linear2_gradients(hidden)
+    dw1 = kernels.wgrad(d_pre, x, w1_dtype)
+    return call.finish(p.x.backward, dx), dw1, dw2, db1 if b1_dtype else None, db2
