@@ -3,7 +3,7 @@
     run_alone       starts the script again in a new network namespace, whose only way is loopback
     start_loopback  inside of it: sees that it is new, and brings `lo` up
     loopback        bytes and packets that `lo` has carried: IP packets with their headers, acknowledgements and
-                    retransmissions (drivers/net/loopback.c; a packet is as large as `lo`'s MTU of 65,536 bytes lets it be)
+                    retransmissions (Linux' drivers/net/loopback.c); its MTU is 65,536 bytes
     tcp_sent        bytes of payload that this process has sent, by TCP socket: tcpi_bytes_sent and tcpi_bytes_retrans
                     of tcp(7)'s TCP_INFO (struct tcp_info of linux/tcp.h), Linux 4.19 or later
 
@@ -59,16 +59,19 @@ def outside(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def run_alone(script: Path, arguments: Sequence[str]) -> NoReturn:
     """Replace this process by one that runs the script in a new network namespace.
 
-    Raises: ValueError: there is none to be had (the message says what it takes).
+    Raises: ValueError: there is none to be had.
     """
-    unshare = _unshare()
+    unshare = unshare_command()
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvp(unshare[0], [*unshare, sys.executable, str(script), f"{OUTSIDE}{_namespace()}", *arguments])
 
 
-def _unshare() -> list[str]:
-    """Return the first way to a new namespace that works here: as root, or as root of a user namespace."""
+def unshare_command() -> list[str]:
+    """Return the first way to a new namespace that works here: as root, or as root of a user namespace.
+
+    Raises: ValueError: none does (the message says what it takes).
+    """
     if sys.platform != "linux":
         raise ValueError(f"{NEEDS}: this is {sys.platform}")
     refused = ""
@@ -94,7 +97,9 @@ def start_loopback(outside: str) -> None:
     Raises: ValueError: this is the namespace outside, or an interface has carried something already.
     """
     if _namespace() == outside or any(carried.bytes for carried in _interfaces().values()):
-        raise ValueError(f"not in a new network namespace: {_namespace()}, outside {outside}; start it without {OUTSIDE}")
+        raise ValueError(
+            f"not in a new network namespace: {_namespace()}, outside {outside}; start it without {OUTSIDE}"
+        )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         _, flags = struct.unpack(_IFREQ, fcntl.ioctl(s, _SIOCGIFFLAGS, struct.pack(_IFREQ, b"lo", 0)))
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack(_IFREQ, b"lo", flags | _IFF_UP))
@@ -141,6 +146,19 @@ def tcp_sent() -> dict[str, Sent]:
                 continue
             info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
         if len(info) < _BYTES_SENT_AT + _BYTES_SENT.size:
-            raise RuntimeError(f"TCP_INFO has {len(info)} bytes here, without tcpi_bytes_sent: Linux 4.19 or later has it")
+            raise RuntimeError(
+                f"TCP_INFO has {len(info)} bytes here, without tcpi_bytes_sent: Linux 4.19 or later has it"
+            )
         found[identity] = Sent(*_BYTES_SENT.unpack_from(info, _BYTES_SENT_AT))
     return found
+
+
+def sent_between(before: dict[str, Sent], after: dict[str, Sent]) -> Sent:
+    """Return what all sockets together have sent from one `tcp_sent` to another; sockets may be new.
+
+    Raises: RuntimeError: one was closed, and what it has sent is gone.
+    """
+    if closed := before.keys() - after.keys():
+        raise RuntimeError(f"{len(closed)} of {len(before)} connections were closed while their bytes were counted")
+    pairs = [(before.get(name, Sent(0, 0)), sent) for name, sent in after.items()]
+    return Sent(*(sum(last[column] - first[column] for first, last in pairs) for column in range(2)))

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ examples:
   python bench/traffic_bench.py --json out.json --plot out.png
 """
 SIZES = ("batch", "seq", "hidden", "ffn")
-MIB = 2**20
 
 
 def build_parser() -> OneLineErrorParser:
@@ -111,15 +110,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         before = rows[number - 1]
         if number and (row["tp"], row["kind"]) != (before["tp"], before["kind"]):
             lines.append(tabulate.SEPARATING_LINE)
-        least, most = min(row["tcp_bytes_per_rank"]), max(row["tcp_bytes_per_rank"])
         lines.append(
             (
-                row["case"],
+                title(row),
                 row["tp"],
                 _mib(row["planned_bytes"]),
                 _mib(row["tcp_bytes"]),
                 "" if row["ratio"] is None else f"{row['ratio']:.4f}",
-                f"{_mib(least)}–{_mib(most)}",
+                "–".join(dict.fromkeys(_mib(least_or_most(row["tcp_bytes_per_rank"])) for least_or_most in (min, max))),
                 _percent(row["tcp_bytes"], row["algorithm_bytes"]),
                 _mib(row["wire_bytes"]),
                 _percent(row["wire_bytes"], row["tcp_bytes"]),
@@ -140,25 +138,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join((head, body, "\n".join(_notes(rows))))
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    notes = []
+def title(row: dict[str, Any]) -> str:
+    """Return what a row counts, in a few words."""
+    if row["kind"] in ("collective", "ring"):
+        return f"{row['case']} of {row['planned'][0]['elements']:,}"
+    return row["case"] if row["pass"] is None else f"{row['case']} {row['pass']}"
+
+
+def _notes(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row["kind"] == "ring":
             elements = row["ring_elements_per_rank"]
-            most = f"{max(elements)}" if min(elements) == max(elements) else f"{min(elements)} to {max(elements)}"
-            notes.append(
+            of_a_rank = "–".join(dict.fromkeys(f"{n:,}" for n in (min(elements), max(elements))))
+            yield (
                 f"textbook ring, P={row['tp']}: {row['ring_rounds']} rounds (planned {row['planned_rounds']}), "
-                f"{most} elements a rank, {sum(elements)} in all (planned {row['planned_elements']}), "
-                f"{row['amplification']:g}× the tensor"
+                f"{of_a_rank} elements sent by a rank, {sum(elements):,} in all (planned {row['planned_elements']:,}), "
+                f"{sum(elements) / row['planned'][0]['elements']:g}× the tensor"
             )
-    twice = {row["case"].split()[0] for row in rows if row["kind"] == "collective" and row["ratio"] > 1.5}
-    for kind in sorted(twice):
-        notes.append(f"{kind}: gloo sends more than the ring that is planned; it is an all-reduce of which parts are kept.")
-    return notes
+    if any(row["kind"] == "collective" and row["algorithm_bytes"] > row["planned_bytes"] for row in rows):
+        yield "gloo's reduce_scatter is an all-reduce of which each rank keeps its part: twice the ring's bytes."
 
 
 def _mib(count: float) -> str:
-    return f"{count / MIB:.4g}" if count < 1000 * MIB else f"{count / MIB:.0f}"
+    return f"{count / 2**20:.4f}" if count else "0"
 
 
 def _percent(more: float, base: float) -> str:
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         report.write_text(args.json, json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")
     if args.plot:
-        traffic_plot.plot(rows, args.plot)
+        traffic_plot.plot(rows, title, args.plot)
     say_written(args.json, args.plot)
     return 0
 

@@ -38,9 +38,7 @@ from tpffn_triton.group_store import GroupStore, store_of
 from tpffn_triton.plan import plan_ffn
 from tpffn_triton.plan_report import Collective, FFNPlan
 
-# How often a collective's elements cross the ring, of P-1 times each.
-PLANNED_PHASES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-GLOO_PHASES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 2}
+TIMES_PLANNED = {"reduce_scatter": 2}  # what gloo's algorithm sends over what the plan's ring does, where it differs
 PASSES = ("forward", "backward")
 LAYERS: dict[str, dict[str, Any]] = {"column_row": {}, "column_row, sequence-parallel": {"sequence_parallel": True}}
 
@@ -57,10 +55,11 @@ class Settings:
 
 
 class Case(NamedTuple):
-    """One call to count, and the collectives that the plan has for it."""
+    """One call to count, and the collectives that the plan has for it; pass_ is a layer's."""
 
-    name: str
     kind: str
+    name: str
+    pass_: str | None
     planned: tuple[Collective, ...]
     call: Callable[[], object]
 
@@ -91,27 +90,29 @@ def measure(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
     about |= environment.describe(rank) | {"command": settings.command}
     rows = []
     for case in _cases(rank, settings):
-        rank.say(f"P={rank.world_size}: {case.name}")
-        rows.append({"case": case.name, "kind": case.kind} | _count(store, case, settings.repeats) | about)
+        rank.say(f"P={rank.world_size}: {case.name} {case.pass_ or ''}")
+        of_case = {"kind": case.kind, "case": case.name, "pass": case.pass_}
+        rows.append(of_case | _count(store, case, settings.repeats) | about)
     return rows
 
 
 def _cases(rank: Rank, settings: Settings) -> Iterator[Case]:
     """Yield nothing, each kind and size of collective in the plans, the textbook ring of y, and each layer's passes."""
-    yield Case("nothing", "nothing", (), lambda: None)
-    planned = plans(settings)
+    yield Case("nothing", "nothing", None, (), lambda: None)
+    group, planned = rank.group, plans(settings)
+    assert group is not None
     different = {(c.kind, c.elements): c for plan in planned.values() for c in plan.collectives}
     for (kind, elements), record in sorted(different.items()):
         t = torch.zeros(elements, dtype=DTYPES[settings.dtype])
-        yield Case(f"{kind} of {elements}", "collective", (record,), collective(kind, t, rank))
+        yield Case("collective", kind, None, (record,), collective(kind, t, rank))
     (of_y,) = (c for c in planned["column_row"].collectives if c.pass_ == "forward")
     t = torch.zeros(of_y.elements, dtype=DTYPES[settings.dtype])
-    yield Case(f"textbook ring of {of_y.elements}", "ring", (of_y,), lambda: ring.all_reduce(t, rank.group))
+    yield Case("ring", "textbook ring", None, (of_y,), lambda: ring.all_reduce(t, group))
     full = workloads.draw(settings.shape, settings.dtype, settings.activation, rank.device)
     for name, plan in planned.items():
         passes = _passes(rank, full, settings.activation, **LAYERS[name])
         for pass_, call in zip(PASSES, passes, strict=True):
-            yield Case(f"{name} {pass_}", "layer", tuple(c for c in plan.collectives if c.pass_ == pass_), call)
+            yield Case("layer", name, pass_, tuple(c for c in plan.collectives if c.pass_ == pass_), call)
 
 
 def _passes(rank: Rank, full: Problem, activation: str, sequence_parallel: bool = False) -> tuple[Callable, Callable]:
@@ -133,31 +134,26 @@ def _count(store: GroupStore, case: Case, repeats: int) -> dict[str, Any]:
     wire, own = _reading(store)
     results = [case.call() for _ in range(repeats)]
     wire_then, own_then = _reading(store)
-    if not own.keys() <= own_then.keys():
-        raise RuntimeError(f"{case.name}: a connection was closed while it was counted")
-    sent = {name: (value, own.get(name, network.Sent(0, 0))) for name, value in own_then.items()}
-    retransmitted = sum(then.retransmitted - before.retransmitted for then, before in sent.values())
-    payload = sum(then.bytes - before.bytes for then, before in sent.values()) - retransmitted
-    figures = {"payload": payload, "retransmitted": retransmitted}
+    sent = network.sent_between(own, own_then)
+    figures = {"payload": sent.bytes - sent.retransmitted, "retransmitted": sent.retransmitted}
     if isinstance(results[0], ring.Counts):
         figures |= {"rounds": results[0].rounds, "elements": results[0].elements}
     every = [json.loads(facts["sent"]) for facts in store.exchange({"sent": json.dumps(figures)})]
     per_rank = [rank["payload"] / repeats for rank in every]
     planned_bytes = sum(c.sent_total_bytes for c in case.planned)
     return {
-        "planned": [f"{c.kind} {c.tensor}: {c.elements}" for c in case.planned],
+        "planned": [{"kind": c.kind, "tensor": c.tensor, "elements": c.elements} for c in case.planned],
         "planned_rounds": sum(c.rounds for c in case.planned),
         "planned_elements": sum(c.sent_total for c in case.planned),
         "planned_bytes": planned_bytes,
-        "planned_bytes_per_rank": sum(c.sent_per_rank * c.sent_total_bytes // c.sent_total for c in case.planned),
-        "algorithm_bytes": sum(c.sent_total_bytes * GLOO_PHASES[c.kind] // PLANNED_PHASES[c.kind] for c in case.planned),
+        "planned_bytes_per_rank": sum(c.sent_per_rank * (c.bytes // c.elements) for c in case.planned),
+        "algorithm_bytes": sum(c.sent_total_bytes * TIMES_PLANNED.get(c.kind, 1) for c in case.planned),
         "tcp_bytes": sum(per_rank),
         "tcp_bytes_per_rank": per_rank,
         "ratio": sum(per_rank) / planned_bytes if planned_bytes else None,
         "wire_bytes": (wire_then.bytes - wire.bytes) / repeats,
         "packets": (wire_then.packets - wire.packets) / repeats,
         "retransmitted_bytes": sum(rank["retransmitted"] for rank in every) / repeats,
-        "amplification": sum(c.sent_total for c in case.planned) / case.planned[0].elements if case.planned else None,
         "ring_rounds": every[0].get("rounds"),
         "ring_elements_per_rank": [rank["elements"] for rank in every] if "elements" in every[0] else None,
     }

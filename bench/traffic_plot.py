@@ -1,5 +1,6 @@
 """Draw planned beside measured bytes: grouped bars by case, a panel for each P."""
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ _BARS = (
 _HEIGHT = 0.27
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the figure to path; its suffix (.png, .pdf, .svg) chooses the format."""
+def plot(rows: list[dict[str, Any]], title: Callable[[dict[str, Any]], str], path: Path) -> None:
+    """Write the figure to path; its suffix (.png, .pdf, .svg) chooses the format. title: names a row's bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,7 +38,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.annotate(
                 f"{row['ratio']:.3f}×", (longest, place), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
-        axis.set_yticks(range(len(panel)), [row["case"] for row in panel], fontsize=8)
+        axis.set_yticks(range(len(panel)), [title(row) for row in panel], fontsize=8)
         axis.set_xlabel("MiB a call, all ranks; ×: sent over planned")
         axis.set_title(f"P={panel[0]['tp']}", fontsize=10)
         axis.margins(x=0.15, y=0.01)
@@ -45,7 +46,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].invert_yaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
     first = rows[0]
     figure.suptitle(
         f"Bytes over {first['collectives']}: B={first['batch']} S={first['seq']} H={first['hidden']} F={first['ffn']}, "
