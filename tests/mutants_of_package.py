@@ -244,13 +244,15 @@ MUTANTS = {
             "test_distributed.py -k sub_mesh",
         ),
     ],
-    "tpffn_triton/validation.py": [
+    "tpffn_triton/partitionings.py": [
         (
             "F not divisible by P accepted",
-            "if ffn_hidden_size % world_size:",
+            "if cut and size % world_size:",
             "if False:",
             "test_bad_input.py -k sharding_rejects",
         ),
+    ],
+    "tpffn_triton/validation.py": [
         (
             "main_grad of any strides accepted",
             "            and main_grad.is_contiguous()\n",

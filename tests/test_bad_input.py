@@ -99,7 +99,7 @@ def test_sharding_rejects():
     with pytest.raises(ValueError, match=r"w2 must be \[8, 12\]"):
         shard_ffn(w1, b1, w1, b2, 0, 4, activation="gelu")
     shards = [shard_ffn(w1, b1, w2, b2, r, 2, activation="gelu") for r in range(2)]
-    with pytest.raises(ValueError, match=r"swiglu expects w1 \[2F/P, H\].*w1 \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"column_row with swiglu .* w1 \[6, 8\].*w1 \[3, 8\]"):
         unshard_ffn([(w1[:3], None, w2[:, :3], b2)], activation="swiglu")
     with pytest.raises(ValueError, match="at least one shard"):
         unshard_ffn([], activation="gelu")

@@ -60,15 +60,15 @@ def test_the_committed_report_has_todays_mutants():
 @pytest.mark.slow
 def test_the_command(monkeypatch, tmp_path, capsys):
     """One mutant that is noticed, one that is not, one that nothing could import."""
-    noticed = next(m for m in mutants.MUTANTS if m.file == "tpffn_triton/validation.py")
+    noticed = next(m for m in mutants.MUTANTS if m.file == "tpffn_triton/partitionings.py")
     missed = Mutant("missed", noticed.file, noticed.text, f"{noticed.text}  # a comment", noticed.tests)
-    typo = Mutant("typo", noticed.file, noticed.text, "if ffn_hidden_sise:", noticed.tests)
+    typo = Mutant("typo", noticed.file, noticed.text, "if cut and sise:", noticed.tests)
     monkeypatch.setattr(mutants, "MUTANTS", [noticed, missed, typo])
     assert mutants.main(["--jobs", "2", "--json", str(tmp_path / "found.json")]) == 1
     assert "caught 1 / total 3" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["verdict"] for row in found] == ["caught", "SURVIVED", "broken"]
-    assert mutants.main(["--only", "^tpffn_triton/validation.py F ", "--jobs", "2"]) == 0
+    assert mutants.main(["--only", "^tpffn_triton/partitionings.py F ", "--jobs", "2"]) == 0
     monkeypatch.setattr(mutants, "MUTANTS", [typo._replace(text="nowhere")])
     assert mutants.main([]) == 2
-    assert "typo: stands 0 times in tpffn_triton/validation.py: 'nowhere'" in capsys.readouterr().err
+    assert "typo: stands 0 times in tpffn_triton/partitionings.py: 'nowhere'" in capsys.readouterr().err

@@ -80,7 +80,7 @@ class Partitioning:
         ):
             if cut and size % world_size:
                 raise ValueError(
-                    f"{self.name}: {name} {size} is not divisible by the tensor-parallel world_size {world_size}"
+                    f"{name} {size} is not divisible by the tensor-parallel world_size {world_size} ({self.name})"
                 )
 
     def shard_shapes(

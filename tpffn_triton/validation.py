@@ -6,7 +6,7 @@ from torch import Tensor
 from tpffn_triton.kernels._launch import SUPPORTED_DTYPES
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, halves
 from tpffn_triton.machines import Machine
-from tpffn_triton.partitionings import Partitioning
+from tpffn_triton.partitionings import PARTITIONINGS, Partitioning
 
 SAVE_MODES = ("pre_act", "nothing")
 # fp64 is for the native CPU path: the Triton launchers refuse it.
@@ -42,7 +42,8 @@ def check_sizes(hidden_size: int, ffn_hidden_size: int, world_size: int) -> None
     """Raises: TypeError: a size is no int. ValueError: a size below 1, or F not divisible by P."""
     for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
         check_positive(name, size)
-    check_divisible(ffn_hidden_size, world_size)
+    check_positive("world_size", world_size)
+    PARTITIONINGS["column_row"].check_divisible(hidden_size, ffn_hidden_size, world_size)
 
 
 def check_positive(name: str, size: int) -> None:
@@ -51,15 +52,6 @@ def check_positive(name: str, size: int) -> None:
         raise TypeError(f"{name} must be an int, got {size!r}")
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def check_divisible(ffn_hidden_size: int, world_size: int) -> None:
-    """Raises: TypeError: P is no int. ValueError: P is below 1, or F not divisible by it."""
-    check_positive("world_size", world_size)
-    if ffn_hidden_size % world_size:
-        raise ValueError(
-            f"ffn_hidden_size {ffn_hidden_size} is not divisible by the tensor-parallel world_size {world_size}"
-        )
 
 
 def check_tensors(x: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
