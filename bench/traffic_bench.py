@@ -107,8 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     lines: list[Any] = []
     for number, row in enumerate(rows):
-        before = rows[number - 1]
-        if number and (row["tp"], row["kind"]) != (before["tp"], before["kind"]):
+        if number and (row["kind"] == "layer") != (rows[number - 1]["kind"] == "layer"):
             lines.append(tabulate.SEPARATING_LINE)
         lines.append(
             (

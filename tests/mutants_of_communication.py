@@ -7,6 +7,7 @@ SUMMED = "test_sequence_parallel.py -k summed_once"
 MARK = "test_sequence_parallel.py -k megatrons_mark"
 RING = "test_traffic_bench.py -k ring_adds"
 SOCKET = "test_traffic_bench.py -k socket_counts"
+NOT_NEW = "test_traffic_bench.py -k not_new"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
@@ -122,7 +123,7 @@ MUTANTS = {
     ],
     "bench/ring.py": [
         (
-            "ring one round short",
+            "textbook ring one round short",
             "    for step in range(size - 1):\n        own",
             "    for step in range(size - 2):\n        own",
             RING,
@@ -156,11 +157,12 @@ MUTANTS = {
             "if True:",
             "test_traffic_bench.py -k nothing_follows",
         ),
+        ("the machine's own network", "if _namespace() == outside or", "if", NOT_NEW),
         (
-            "the machine's own network",
-            "if _namespace() == outside or",
-            "if",
-            "test_traffic_bench.py -k not_new",
+            "a network that others have used",
+            " or any(carried.bytes for carried in _interfaces().values())",
+            "",
+            NOT_NEW,
         ),
         ("root alone", '(["-n"], ["-r", "-n"])', '(["-n"],)', "test_traffic_bench.py -k user_namespace"),
     ],
@@ -188,14 +190,6 @@ MUTANTS = {
             "tuple(c for c in plan.collectives if c.pass_ == pass_)",
             'tuple(c for c in plan.collectives if c.pass_ == "forward")',
             "test_traffic_bench.py -k every_collective",
-        ),
-    ],
-    "bench/traffic_bench.py": [
-        (
-            "the run inside recorded as the command",
-            "parser.parsed(arguments)",
-            "parser.parsed(None)",
-            "test_traffic_bench.py -k recorded_command",
         ),
     ],
 }

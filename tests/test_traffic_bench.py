@@ -66,7 +66,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
     except ValueError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("traffic")
-    done = run(BENCH, *ARGUMENTS, "--json", folder / "out.json", "--plot", folder / "new" / "out.png")
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("GLOO_SOCKET_IFNAME", "eth7")  # of the machine, not of the namespace
+        done = run(BENCH, *ARGUMENTS, "--json", folder / "out.json", "--plot", folder / "new" / "out.png")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out.json").read_text())["rows"], done.stdout, folder
 
@@ -89,7 +91,7 @@ def test_every_collective_and_layer_of_the_plans_is_counted(counted: Any) -> Non
 def test_tcp_carries_the_tensors_of_the_algorithm_and_headers_of_messages(counted: Any) -> None:
     rows, _, _ = counted
     for row in rows[1:]:
-        messages = 2 * 2 * sum(2 if c["kind"] == "all_gather" else 4 for c in row["planned"])
+        messages = 2 * sum(2 if c["kind"] == "all_gather" else 4 for c in row["planned"])
         assert 0 < row["tcp_bytes"] - row["algorithm_bytes"] <= MESSAGE * messages
         assert row["ratio"] == row["tcp_bytes"] / row["planned_bytes"]
         assert sum(row["tcp_bytes_per_rank"]) == pytest.approx(row["tcp_bytes"])
@@ -236,3 +238,11 @@ def test_a_user_namespace_where_root_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_a_network_that_is_not_new_is_refused(no_ranks: None, capsys: Any) -> None:
     here = os.readlink("/proc/self/ns/net")
     assert f"not in a new network namespace: {here}" in refusal(capsys, f"{network.OUTSIDE}{here}", "--quick")
+
+
+@pytest.mark.parametrize(("same", "carried"), [(True, 0), (False, 1)])
+def test_a_network_that_is_not_new_is_left_alone(same: bool, carried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_interfaces", lambda: {"lo": Interface(carried, carried)})
+    monkeypatch.setattr(network.fcntl, "ioctl", None)
+    with pytest.raises(ValueError, match="not in a new network namespace"):
+        network.start_loopback(os.readlink("/proc/self/ns/net") if same else "net:[1]")
