@@ -28,9 +28,9 @@ NEEDS = (
     "a network namespace of its own needs Linux, `unshare` of util-linux, and permission for network namespaces (root, "
     "or user namespaces)"
 )
-QUIET_SECONDS = 0.1  # longer than Linux holds back an acknowledgement between processes that exchange data: 40 ms
+QUIET_SECONDS = 0.25  # longer than Linux holds back an acknowledgement: 40 to 200 ms
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/if.h
-_IFREQ = "16sh14x"
+_IFREQ = "16sh22x"  # struct ifreq: name, flags, the rest of a union
 _BYTES_SENT = struct.Struct("QQ")  # tcpi_bytes_sent, tcpi_bytes_retrans
 _BYTES_SENT_AT = 200
 

@@ -43,8 +43,9 @@ figures (MiB are of all ranks together, one call):
   TCP          payload of the ranks' sockets, without retransmissions; ×: over planned
   a rank       the same, of the rank that sends least and most
   messages     TCP beyond the tensors that gloo's own algorithm sends: the headers of its messages
-  wire         IP packets on the loopback interface; TCP/IP: headers, acknowledgements and retransmissions,
-               over TCP. Loopback's packets are up to 64 KiB: those of Ethernet are smaller, and add more
+  wire         IP packets on the loopback interface: TCP and, in percent of it,
+  packets      their headers, and acknowledgements. Loopback's MTU is 64 KiB: Ethernet's packets add more
+  again        what TCP has sent a second time
 
 examples:
   python bench/traffic_bench.py                                    the analysed model, P = 2 and 4
@@ -119,14 +120,15 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "–".join(dict.fromkeys(_mib(least_or_most(row["tcp_bytes_per_rank"])) for least_or_most in (min, max))),
                 _percent(row["tcp_bytes"], row["algorithm_bytes"]),
                 _mib(row["wire_bytes"]),
-                _percent(row["wire_bytes"], row["tcp_bytes"]),
+                _percent(row["wire_bytes"] - row["retransmitted_bytes"], row["tcp_bytes"]),
+                _percent(row["tcp_bytes"] + row["retransmitted_bytes"], row["tcp_bytes"]),
             )
         )
     body = tabulate.tabulate(
         lines,
-        ("case", "P", "planned MiB", "TCP MiB", "×", "a rank MiB", "messages", "wire MiB", "TCP/IP"),
+        ("case", "P", "planned MiB", "TCP MiB", "×", "a rank MiB", "messages", "wire MiB", "packets", "again"),
         disable_numparse=True,
-        colalign=("left", *["right"] * 8),
+        colalign=("left", *["right"] * 9),
     )
     first = rows[0]
     head = (

@@ -3,7 +3,8 @@
     planned     ring accounting of the plan: tensor bytes that all ranks send
     algorithm   tensor bytes of what gloo runs in place of that ring (below)
     tcp         payload of every rank's own TCP sockets, without retransmissions: exact, and the same in every run
-    wire        IP packets on the loopback interface: payload, headers, acknowledgements, retransmissions
+    wire        IP packets on the loopback interface: payload, headers, acknowledgements, retransmissions; the last
+                three differ from run to run
 
 What gloo runs, from its source and torch's, and what the counts above it come to:
 
@@ -31,16 +32,21 @@ import torch
 import workloads
 from comm_measure import collective
 from ranks import Rank
+from torch import Tensor
 from workloads import DTYPES, Problem, Shape
 
 from tpffn_triton import ffn
 from tpffn_triton.group_store import GroupStore, store_of
+from tpffn_triton.partitioned import partitioned_ffn
+from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
 from tpffn_triton.plan_report import Collective, FFNPlan
 
 TIMES_PLANNED = {"reduce_scatter": 2}  # what gloo's algorithm sends over what the plan's ring does, where it differs
 PASSES = ("forward", "backward")
-LAYERS: dict[str, dict[str, Any]] = {"column_row": {}, "column_row, sequence-parallel": {"sequence_parallel": True}}
+# Each layer's options, of its plan and of its call.
+LAYERS: dict[str, dict[str, Any]] = {name: {"partitioning": name} for name in PARTITIONINGS}
+LAYERS["column_row, sequence-parallel"] = {"sequence_parallel": True}
 
 
 @dataclass(frozen=True)
@@ -106,24 +112,25 @@ def _cases(rank: Rank, settings: Settings) -> Iterator[Case]:
         t = torch.zeros(elements, dtype=DTYPES[settings.dtype])
         yield Case("collective", kind, None, (record,), collective(kind, t, rank))
     (of_y,) = (c for c in planned["column_row"].collectives if c.pass_ == "forward")
-    t = torch.zeros(of_y.elements, dtype=DTYPES[settings.dtype])
-    yield Case("ring", "textbook ring", None, (of_y,), lambda: ring.all_reduce(t, group))
+    y = torch.zeros(of_y.elements, dtype=DTYPES[settings.dtype])
+    yield Case("ring", "textbook ring", None, (of_y,), lambda: ring.all_reduce(y, group))
     full = workloads.draw(settings.shape, settings.dtype, settings.activation, rank.device)
     for name, plan in planned.items():
-        passes = _passes(rank, full, settings.activation, **LAYERS[name])
+        passes = _passes(rank, full, settings.activation, LAYERS[name])
         for pass_, call in zip(PASSES, passes, strict=True):
             yield Case("layer", name, pass_, tuple(c for c in plan.collectives if c.pass_ == pass_), call)
 
 
-def _passes(rank: Rank, full: Problem, activation: str, sequence_parallel: bool = False) -> tuple[Callable, Callable]:
+def _passes(rank: Rank, full: Problem, activation: str, options: dict[str, Any]) -> tuple[Callable, Callable]:
     """Return a layer's forward, and its backward of the last forward that has had none."""
-    own = workloads.shard(full, rank.rank, rank.world_size, activation)
-    if sequence_parallel:
+    own = workloads.shard(full, rank.rank, rank.world_size, activation, options.get("partitioning", "column_row"))
+    layer = partitioned_ffn if "partitioning" in options else ffn
+    if "sequence_parallel" in options:
         own = workloads.own_tokens(own, rank.rank, rank.world_size)
-    options: dict[str, Any] = {"activation": activation, "tp_group": rank.group, "sequence_parallel": sequence_parallel}
-    outputs: list[torch.Tensor] = []
+    given = own.x, own.w1, own.w2, own.b1, own.b2
+    outputs: list[Tensor] = []
     return (
-        lambda: outputs.append(ffn(own.x, own.w1, own.w2, own.b1, own.b2, **options)),
+        lambda: outputs.append(layer(*given, activation=activation, tp_group=rank.group, **options)),
         lambda: outputs.pop().backward(own.dy),
     )
 
