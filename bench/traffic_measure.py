@@ -40,13 +40,14 @@ from tpffn_triton.group_store import GroupStore, store_of
 from tpffn_triton.partitioned import partitioned_ffn
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
-from tpffn_triton.plan_report import Collective, FFNPlan
+from tpffn_triton.plan_comparison import ON_SLICES
+from tpffn_triton.plan_records import Collective, FFNPlan
 
 TIMES_PLANNED = {"reduce_scatter": 2}  # what gloo's algorithm sends over what the plan's ring does, where it differs
 PASSES = ("forward", "backward")
 # Each layer's options, of its plan and of its call.
 LAYERS: dict[str, dict[str, Any]] = {name: {"partitioning": name} for name in PARTITIONINGS}
-LAYERS["column_row, sequence-parallel"] = {"sequence_parallel": True}
+LAYERS[ON_SLICES] = {"sequence_parallel": True}
 
 
 @dataclass(frozen=True)
