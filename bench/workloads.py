@@ -118,10 +118,10 @@ def draw(shape: Shape, dtype: str, activation: str, device: torch.device) -> Pro
     )
 
 
-def shard(problem: Problem, rank: int, world_size: int, activation: str) -> Problem:
+def shard(problem: Problem, rank: int, world_size: int, activation: str, partitioning: str = "column_row") -> Problem:
     """Return rank's problem: copies of its weights, with gradients wanted; x and dy are shared."""
     full = (problem.w1, problem.b1, problem.w2, problem.b2)
-    own = shard_ffn(*full, rank, world_size, activation=activation)
+    own = shard_ffn(*full, rank, world_size, activation=activation, partitioning=partitioning)
     w1, b1, w2, b2 = (t.clone().requires_grad_() for t in own if t is not None)
     return Problem(problem.x.detach().requires_grad_(), problem.dy, w1, b1, w2, b2)
 
