@@ -18,6 +18,7 @@ pytestmark = pytest.mark.cpu_only
 
 # Of the layers here; P = 2.
 H, F = 8, 12
+TIMEOUT = datetime.timedelta(seconds=20)
 
 
 def call(x, w1, b1, w2, b2, group=None, **options):
@@ -33,7 +34,7 @@ def one_wrong_rank(rank, world_size, partitioning, fault):
     """Make a good call, but on rank 1."""
     use("native")
     problem = draw((4, 2), H, F)
-    options = {"partitioning": partitioning, "activation": "gelu", "group": new_group(world_size)}
+    options = {"partitioning": partitioning, "activation": "gelu", "group": new_group(world_size, timeout=TIMEOUT)}
     x, (w1, b1, w2, b2) = problem.x, shards(problem, rank, world_size, partitioning)
     if rank == 1:
         if fault == "name":
