@@ -91,7 +91,7 @@ MUTANTS = {
             BEHIND.format("column_column"),
         ),
         (
-            "dx waited for at once",
+            "exchange of dx waited for at once",
             "    dw1 = kernels.wgrad(",
             "    wait(dx)\n    dw1 = kernels.wgrad(",
             BEHIND.format("row_row"),

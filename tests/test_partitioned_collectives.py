@@ -55,7 +55,12 @@ def observed(rank, world_size, partitioning, shape, activation, dtype, bias):
         given | {"y": y, "dy": problem.dy} | {f"d{name}": None if t is None else t.grad for name, t in given.items()}
     )
     shapes = {name: tuple(t.shape) for name, t in found.items() if t is not None}
-    return forward.calls, backward.calls, shapes, [(math.prod(shape), nbytes) for shape, nbytes in saved.values()]
+    return (
+        forward.calls,
+        backward.calls,
+        shapes,
+        [(math.prod(shape), shape[-1], nbytes) for shape, nbytes in saved.values()],
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -89,14 +94,14 @@ def test_the_plan_is_what_runs(partitioning, world_size, shape, activation, dtyp
         [(c.kind, c.elements) for c in plan.collectives if c.pass_ == pass_] for pass_ in ("forward", "backward")
     ]
     tensors = {t.name: t for t in plan.tensors}
-    kept = Counter(tensors[name].elements for name in plan.saved_for_backward)
+    kept = Counter((tensors[name].elements, tensors[name].shape[-1]) for name in plan.saved_for_backward)
     case = partitioning, shape, activation, DTYPES[dtype], bias
     for *calls, shapes, saved in ranks_of(world_size).run(observed, *case):
         assert calls == planned
         assert shapes == {name: tensors[name].shape for name in shapes}
         assert len(shapes) == (12 if bias else 8)
-        assert Counter(elements for elements, _ in saved) == kept
-        assert sum(nbytes for _, nbytes in saved) == plan.totals["saved_bytes"]
+        assert Counter((elements, width) for elements, width, _ in saved) == kept
+        assert sum(nbytes for *_, nbytes in saved) == plan.totals["saved_bytes"]
 
 
 def order_of_backward(rank, world_size, partitioning):
