@@ -41,7 +41,7 @@ def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str
     reference = workloads.expected(own, "fwd_bwd", activation)
     for implementation in implementations.chosen(("unfused",), "cpu", dtype):
         step = steps.make_step(implementation.build(activation, False), own, None, "fwd_bwd", graph=False)
-        error, _ = measure._worst_error(step, reference, ALONE)
+        error, _ = measure.worst_error(step, reference, ALONE)
         assert 0 < error < measure.error_bound(dtype, activation) / 2
 
 
