@@ -247,7 +247,7 @@ MUTANTS = {
     "tpffn_triton/partitionings.py": [
         (
             "F not divisible by P accepted",
-            "if cut and size % world_size:",
+            "if sizes[name] % world_size:",
             "if False:",
             "test_bad_input.py -k sharding_rejects",
         ),

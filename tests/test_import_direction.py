@@ -20,9 +20,9 @@ FOLDERS = ("kernels", "tpffn_triton", "tests", "bench", "scripts", "examples")
 # A module of tpffn_triton imports from earlier lines only.
 LAYERS = (
     ("kernels",),
-    ("interpreter", "group_store", "reference", "plan_report", "machines", "partitionings"),
-    ("native", "collectives", "presets", "cost_model", "plan_communication"),
-    ("backends", "agreement", "regions", "predict"),
+    ("interpreter", "group_store", "reference", "plan_records", "machines", "partitionings"),
+    ("native", "collectives", "presets", "cost_model", "plan_schedule", "plan_report"),
+    ("backends", "agreement", "regions", "plan_communication", "predict"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
     ("sweep",),

@@ -62,7 +62,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     """One mutant that is noticed, one that is not, one that nothing could import."""
     noticed = next(m for m in mutants.MUTANTS if m.file == "tpffn_triton/partitionings.py")
     missed = Mutant("missed", noticed.file, noticed.text, f"{noticed.text}  # a comment", noticed.tests)
-    typo = Mutant("typo", noticed.file, noticed.text, "if cut and sise:", noticed.tests)
+    typo = Mutant("typo", noticed.file, noticed.text, "if sises[name]:", noticed.tests)
     monkeypatch.setattr(mutants, "MUTANTS", [noticed, missed, typo])
     assert mutants.main(["--jobs", "2", "--json", str(tmp_path / "found.json")]) == 1
     assert "caught 1 / total 3" in capsys.readouterr().out

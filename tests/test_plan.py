@@ -282,7 +282,7 @@ def test_text_output_of_a_gated_model_has_both_halves(capsys: pytest.CaptureFixt
         "w1 [2048, 1024] 2097152 8388608 8 MiB this rank's gate, then up features; paper layout 1024 x 2048",
         "gate_act [8, 128, 1024] 1048576 4194304 4 MiB stored by eager alone",
         "eager F.linear, activation, F.linear x, pre_act, gate_act, hidden 20971520 20 MiB",
-        "a rank's gate and up features make the input features of its w2 shard",
+        "bias and activation apply to them at once",
     ):
         assert part in text, part
 

@@ -56,7 +56,7 @@ def test_flops_are_those_of_the_replicated_plan() -> None:
         )
         assert [(g.name, g.m, g.n, g.k) for g in sliced.gemms] == [(g.name, g.m, g.n, g.k) for g in replicated.gemms]
         # db2 sums this rank's tokens: a quarter of dy.
-        less = (replicated.reductions[0].hbm_bytes - 4096) * 3 // 4
+        less = (replicated.memory_passes[0].hbm_bytes - 4096) * 3 // 4
         assert sliced.totals["hbm_bytes_backward"] == replicated.totals["hbm_bytes_backward"] - less
 
 

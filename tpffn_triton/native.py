@@ -65,7 +65,15 @@ def linear_act(
         act = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], algorithm)
         return act, None
     pre_act = _linear(x, weight, bias)
-    return _ACTIVATE[activation](pre_act), pre_act if save_pre_act else None
+    return activate(pre_act, activation), pre_act if save_pre_act else None
+
+
+def activate(pre_act: Tensor, activation: str) -> Tensor:
+    """Return act(pre_act), on any device."""
+    if activation not in GATED_ACTIVATIONS:
+        return _ACTIVATE[activation](pre_act)
+    gate, up = pre_act.chunk(2, dim=1)
+    return _ACTIVATE[GATED_ACTIVATIONS[activation]](gate).mul_(up)
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -84,22 +92,23 @@ def linear_dact(
     dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or None, the first's column sums or None)."""
-    d_pre, act = dact(dgrad(dy, weight), pre_act, activation, need_act)
-    return d_pre, act, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
+    d_pre, value = dact(dgrad(dy, weight), pre_act, activation, need_act)
+    return d_pre, value, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
 
 
 def dact(d_act: Tensor, pre_act: Tensor, activation: str, need_act: bool) -> tuple[Tensor, Tensor | None]:
     """Return (d_act ⊙ act'(pre_act), act(pre_act) or None), on any device; d_act is consumed."""
     if activation not in GATED_ACTIVATIONS:
-        return _BACKWARD[activation](d_act, pre_act), _ACTIVATE[activation](pre_act) if need_act else None
+        return _BACKWARD[activation](d_act, pre_act), activate(pre_act, activation) if need_act else None
     plain = GATED_ACTIVATIONS[activation]
     gate, up = pre_act.chunk(2, dim=1)
     value = _ACTIVATE[plain](gate)
     d_pre = torch.empty_like(pre_act)
     d_gate, d_up = d_pre.chunk(2, dim=1)
     torch.mul(d_act, value, out=d_up)
+    value = value.mul_(up) if need_act else None
     d_gate.copy_(_BACKWARD[plain](d_act.mul_(up), gate))
-    return d_pre, value.mul_(up) if need_act else None
+    return d_pre, value
 
 
 def dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -30,7 +30,6 @@ from tpffn_triton.collectives import resolve_group, start_all_gather, start_all_
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.partitionings import PARTITIONINGS, Partitioning, partitioning_of
 from tpffn_triton.passes import as_rows, as_vector
-from tpffn_triton.reference import ACTIVATIONS
 from tpffn_triton.validation import check_activation, check_dtypes, check_partitioned_shapes
 
 
@@ -86,16 +85,21 @@ class _Call:
     dtype: torch.dtype  # to compute in
     recorded: bool  # backward may come
 
-    def start(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
-        """Begin a collective along the features of t [M, halves · n], of which each half is cut by itself."""
+    def by_rank(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
+        """Lay the features of t [M, halves · n] out by rank for a reduce-scatter, which cuts dim 0; each half is cut by
+        itself. Apart from `start`, so that t is free when that allocates."""
+        if kind != "reduce_scatter" or self.group is None:
+            return t
+        part = t.shape[1] // halves // self.group.size()
+        return t.view(t.shape[0], halves, -1, part).permute(2, 0, 1, 3).reshape(-1, halves * part)
+
+    def start(self, kind: str | None, t: Tensor) -> Tensor:
+        """Begin a collective; a reduce-scatter's t is laid out by rank."""
         if kind is None or self.group is None:
             return t
-        if kind == "all_reduce":
-            return start_all_reduce(t, self.group)
         if kind == "all_gather":
             return start_all_gather(t.contiguous(), self.group)
-        by_rank = t.view(t.shape[0], halves, self.group.size(), -1).permute(2, 0, 1, 3)
-        return start_reduce_scatter(by_rank.reshape(self.group.size() * t.shape[0], -1), self.group)
+        return (start_all_reduce if kind == "all_reduce" else start_reduce_scatter)(t, self.group)
 
     def finish(self, kind: str | None, started: Tensor, halves: int = 1) -> Tensor:
         """Return the result of a collective that `start` began."""
@@ -106,9 +110,6 @@ class _Call:
             return result
         tokens = result.shape[0] // self.group.size()
         return result.view(-1, tokens, halves, result.shape[1] // halves).permute(1, 2, 0, 3).reshape(tokens, -1)
-
-    def exchange(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
-        return self.finish(kind, self.start(kind, t, halves), halves)
 
     def own_features(self, t: Tensor) -> Tensor:
         """Return this rank's part of the features of t [M, n]: a copy, which does not keep the whole alive."""
@@ -140,19 +141,26 @@ def _forward(
     kernels = ops.kernels(x, w1, w2, b1, b2)
     x, w1, w2 = (as_rows(t, dtype) for t in (x, w1, w2))
     b1, b2 = as_vector(b1, dtype), as_vector(b2, dtype)
+    # Each tensor is let go of before the next one is allocated.
     if p.linear1 == "column":
         hidden, pre_act = kernels.linear_act(x, w1, b1, activation, call.recorded)
     else:
         x = call.own_features(x)
-        pre_act = call.exchange(p.pre_act.forward, kernels.linear(x, w1, None), halves(activation))
+        kind, count = p.pre_act.forward, halves(activation)
+        pre_act = call.start(kind, call.by_rank(kind, kernels.linear(x, w1, None), count))
+        pre_act = call.finish(kind, pre_act, count)
         if b1 is not None:
             pre_act += b1
-        hidden = ACTIVATIONS[activation](pre_act)
-    hidden = call.exchange(p.hidden.forward, hidden)
+        hidden = native.activate(pre_act, activation)
+    hidden = call.start(p.hidden.forward, hidden)
+    hidden = call.finish(p.hidden.forward, hidden)
     if p.linear2 == "row" and call.group is not None and call.group.rank() > 0:
         b2 = None  # one rank adds it
-    y = call.exchange(p.y.forward, kernels.linear(hidden, w2, b2))
-    return y, (x, w1, w2, pre_act, None if p.hidden.forward is None else hidden)
+    y = kernels.linear(hidden, w2, b2)
+    gathered = None if p.hidden.forward is None else hidden
+    del hidden
+    y = call.start(p.y.forward, y)
+    return call.finish(p.y.forward, y), (x, w1, w2, pre_act, gathered)
 
 
 def _backward(
@@ -174,23 +182,30 @@ def _backward(
     dy = as_rows(dy, call.dtype)
     if p.linear2 == "column":
         dy = call.own_features(dy)
-
-    def linear2_gradients(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        return kernels.wgrad(dy, hidden, w2_dtype), None if b2_dtype is None else kernels.column_sum(dy, b2_dtype)
-
-    gradients = None  # of Linear2: behind the first exchange
+    first = p.hidden.backward or p.pre_act.backward  # the exchange before Linear1's gradients, if there is one
+    db1 = db2 = None
     if p.hidden.backward is None:
         d_pre, hidden, db1 = kernels.linear_dact(dy, w2, pre_act, activation, True, b1_dtype)
-        if p.pre_act.backward is not None:
-            d_pre = call.start(p.pre_act.backward, d_pre, halves(activation))
-            gradients = linear2_gradients(hidden)
-            d_pre = call.finish(p.pre_act.backward, d_pre, halves(activation))
+        d_pre = call.start(first, d_pre)
+        if first is None:
+            dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
     else:
-        d_hidden = call.start(p.hidden.backward, kernels.dgrad(dy, w2))
-        gradients = linear2_gradients(ACTIVATIONS[activation](pre_act) if hidden is None else hidden)
-        d_pre, _ = native.dact(call.finish(p.hidden.backward, d_hidden), pre_act, activation, False)
-        db1 = None if b1_dtype is None else kernels.column_sum(d_pre, b1_dtype)
-    dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
-    dw2, db2 = gradients or linear2_gradients(hidden)
+        d_hidden = call.start(first, call.by_rank(first, kernels.dgrad(dy, w2)))
+        hidden = native.activate(pre_act, activation) if hidden is None else hidden
+    dw2 = kernels.wgrad(dy, hidden, w2_dtype)
+    del hidden
+    if b2_dtype is not None:
+        db2 = kernels.column_sum(dy, b2_dtype)
+    del dy
+    if p.hidden.backward is not None:
+        d_pre, _ = native.dact(call.finish(first, d_hidden), pre_act, activation, False)
+        del d_hidden
+        if b1_dtype is not None:
+            db1 = kernels.column_sum(d_pre, b1_dtype)
+    elif first is not None:
+        d_pre = call.finish(first, d_pre, halves(activation))
+    if first is not None:
+        dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
     dw1 = kernels.wgrad(d_pre, x, w1_dtype)
-    return call.finish(p.x.backward, dx), dw1, dw2, db1 if b1_dtype else None, db2
+    del d_pre
+    return call.finish(p.x.backward, dx), dw1, dw2, None if b1_dtype is None else db1, db2

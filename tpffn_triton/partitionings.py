@@ -70,17 +70,21 @@ class Partitioning:
             "b2": 0 if column2 else None,
         }
 
-    def check_divisible(self, hidden_size: int, ffn_hidden_size: int, world_size: int) -> None:
-        """Raises: ValueError: P does not divide a size that is cut (the message shows them)."""
+    @property
+    def cut_sizes(self) -> tuple[str, ...]:
+        """Which of hidden_size and ffn_hidden_size P must divide."""
         by_features = self.linear1 == "column" or self.linear2 == "row"
         by_hidden = self.linear1 == "row" or self.linear2 == "column"
-        for name, size, cut in (
-            ("ffn_hidden_size", ffn_hidden_size, by_features),
-            ("hidden_size", hidden_size, by_hidden),
-        ):
-            if cut and size % world_size:
+        return ("ffn_hidden_size",) * by_features + ("hidden_size",) * by_hidden
+
+    def check_divisible(self, hidden_size: int, ffn_hidden_size: int, world_size: int) -> None:
+        """Raises: ValueError: P does not divide a size that is cut (the message shows them)."""
+        sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size}
+        for name in self.cut_sizes:
+            if sizes[name] % world_size:
                 raise ValueError(
-                    f"{name} {size} is not divisible by the tensor-parallel world_size {world_size} ({self.name})"
+                    f"{name} {sizes[name]} is not divisible by the tensor-parallel world_size {world_size} "
+                    f"({self.name})"
                 )
 
     def shard_shapes(

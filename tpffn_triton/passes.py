@@ -106,6 +106,7 @@ def forward(
     if call.sequence_parallel:
         tokens = wait(_start_gather(tokens, call))
     act, pre_act = kernels.linear_act(tokens, as_rows(w1, dtype), b1, activation, keep == "pre_act")
+    del tokens
     y = _linear2(kernels, act, as_rows(w2, dtype), b2, call)
     # Not view: autograd refuses to modify a view in place, as `y += residual` does.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), act if keep == "act" else pre_act
@@ -202,12 +203,14 @@ def backward(
         db1_dtype = wanted.dtypes[3] if need_b1 else None
         d_pre, again, db1 = kernels.linear_dact(dy, w2, pre_act, activation, need_w2 and act is None, db1_dtype)
         act = again if act is None else act
+        del again, pre_act  # each tensor is let go of before the next one is allocated
         if need_x:
             dx = kernels.dgrad(d_pre, w1, call.reduce_dtype)
             if group is not None:
                 dx = _start_sum(dx, call)
     if need_w2:
         dw2 = _weight_grad(kernels, dy, act, wanted, 1)
+    del act, dy
     if need_w1:
         dw1 = _weight_grad(kernels, d_pre, wait(x) if x_in_flight else x, wanted, 0)
     if need_b2:

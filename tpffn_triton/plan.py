@@ -16,6 +16,7 @@
     forward   pre_act = x @ w1.T + b1;  hidden = act(pre_act);  y = all_reduce(hidden @ w2.T) + b2
     backward  d_pre = (dy @ w2) * act'(pre_act);  dx = all_reduce(d_pre @ w1)
               dw2 = dy.T @ hidden;  dw1 = d_pre.T @ x
+    so it is column_row; what the other partitionings cut and exchange: partitionings.py, plan_schedule.py
     sequence-parallel: tokens lie as [S, B, ...], and dim 0 of x, y, dy and dx is this rank's S/P; full_x, full_dy,
               partial_y and partial_dx, and what is made from them, have all S
               forward   full_x = all_gather(x), in place of x;  y = reduce_scatter(hidden @ w2.T) + b2
@@ -23,15 +24,16 @@
               x is kept for backward as the slice; db2 is the sum over this rank's tokens
     gated     d_gate = (dy @ w2) * up * f'(gate);  d_up = (dy @ w2) * f(gate);  d_pre holds both
 
-A GEMM of linear1 (x @ w1.T, dx, dw1) is 2·M·H·W FLOPs, one of linear2 2·M·H·F/P; element-wise work is not
-counted. 2 are forward, 4 backward, and with save="nothing" linear1 once more.
+A GEMM of linear1 (x @ w1.T, dx, dw1) is 2·M·H·W FLOPs, one of linear2 2·M·H·F/P, in every partitioning; element-wise
+work is not counted. 2 are forward, 4 backward, and with save="nothing" linear1 once more.
 
-HBM traffic is the minimum of the fused form, one kernel per GEMM and one that sums dy's rows for db2: each
-operand is read once and each output written once, in `dtype`. Backward writes `hidden` again because dw2 reads
-it (with save="nothing" the recomputed linear1 does); b2 is read by rank 0, which these figures describe. Not
-counted: operands read twice because a cache missed, the fp32 partial sums of db1 and db2, the collectives' own
-traffic.
+HBM traffic is the minimum, one kernel per GEMM and per pass over memory (the sums for db2 and some db1; in some
+partitionings bias, activation and copies by themselves): each operand is read once and each output written once, in
+`dtype`. Backward writes `hidden` again because dw2 reads it (with save="nothing" the recomputed linear1 does); b2 is
+read by rank 0, which these figures describe. Not counted: operands read twice because a cache missed, the fp32 partial
+sums of db1 and db2, the collectives' own traffic.
 
+Peak memory: the most that is alive at once on a rank, parameters, gradients, x and dy included (plan_schedule.py).
 Communication: plan_communication.py. Units: bytes, FLOPs and elements, as exact integers; `sent_*` count elements.
 Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053) for the partitioning.
 """
@@ -41,9 +43,11 @@ from __future__ import annotations
 from math import prod
 
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
-from tpffn_triton.plan_communication import collectives, no_communication, overlaps
+from tpffn_triton.partitionings import KEEP, PARTITIONINGS, Partitioning
+from tpffn_triton.plan_communication import collectives, no_communication, overlaps, reasons
 from tpffn_triton.plan_communication import ring_all_reduce as ring_all_reduce
-from tpffn_triton.plan_report import FFNPlan, Gemm, Reduction, Tensor
+from tpffn_triton.plan_records import FFNPlan, Gemm, MemoryPass, Tensor
+from tpffn_triton.plan_schedule import Operation, peak_bytes, schedule
 from tpffn_triton.validation import SAVE_MODES, check_positive
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -61,132 +65,174 @@ def plan_ffn(
     bias: bool = True,
     save: str = "pre_act",
     sequence_parallel: bool = False,
+    partitioning: str = "column_row",
 ) -> FFNPlan:
-    """Plan y = act(x @ w1.T + b1) @ w2.T + b2 over `tp` ranks, column-parallel then row-parallel.
+    """Plan y = act(x @ w1.T + b1) @ w2.T + b2 over `tp` ranks; save and sequence_parallel are for column_row.
 
     Raises: TypeError: a size is not an int.
-            ValueError: a size below 1, ffn not divisible by tp, with sequence_parallel seq not divisible by tp,
-            unknown dtype, activation or save (the message shows the values).
+            ValueError: a size below 1, one that is cut and not divisible by tp, with sequence_parallel seq not
+            divisible by tp, unknown dtype, activation, save or partitioning, or one that save or sequence_parallel is
+            not for (the message shows the values).
     """
     sizes = {"batch": batch, "seq": seq, "hidden": hidden, "ffn": ffn, "tp": tp}
     for name, size in sizes.items():
         check_positive(name, size)
-    if ffn % tp:
-        raise ValueError(f"ffn must be divisible by tp, got ffn={ffn}, tp={tp} (remainder {ffn % tp})")
-    if sequence_parallel and seq % tp:
-        raise ValueError(
-            f"sequence_parallel: seq must be divisible by tp, got seq={seq}, tp={tp} (remainder {seq % tp})"
-        )
     options = {
         "dtype": (dtype, (*DTYPE_BYTES,)),
         "activation": (activation, ACTIVATIONS),
         "save": (save, SAVE_MODES),
+        "partitioning": (partitioning, (*PARTITIONINGS,)),
     }
     for name, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    # One rank has everything anyway.
+    p = PARTITIONINGS[partitioning if tp > 1 else "column_row"]
+    for name in p.cut_sizes:
+        size = {"hidden_size": hidden, "ffn_hidden_size": ffn}[name]
+        short = name.split("_")[0]
+        if size % tp:
+            which = "" if partitioning == "column_row" else f"; {partitioning} cuts it"
+            raise ValueError(
+                f"{short} must be divisible by tp, got {short}={size}, tp={tp} (remainder {size % tp}){which}"
+            )
+    if sequence_parallel and seq % tp:
+        raise ValueError(
+            f"sequence_parallel: seq must be divisible by tp, got seq={seq}, tp={tp} (remainder {seq % tp})"
+        )
+    if partitioning != "column_row" and (sequence_parallel or save != "pre_act"):
+        raise ValueError(
+            f"sequence_parallel and save are for column_row: got partitioning={partitioning!r}, "
+            f"sequence_parallel={sequence_parallel}, save={save!r}"
+        )
 
     gated = activation in GATED_ACTIVATIONS
-    # One rank holds every token anyway.
     sequence_parallel = sequence_parallel and tp > 1
-    tensors = _tensors(batch, seq, hidden, ffn // tp, tp, bias, gated, DTYPE_BYTES[dtype], sequence_parallel)
+    absent = (() if bias else ("b1", "b2", "db1", "db2")) + (() if gated else ("gate_act",))
+    operations = schedule(p, tp, save=save, sequence_parallel=sequence_parallel, gated=gated, absent=absent)
+    named = {"x", "y", "dy", "gate_act", *(name for op in operations for name in (*op.reads, *op.writes))}
+    every = _tensors(p, batch, seq, hidden, ffn, tp, gated, DTYPE_BYTES[dtype], sequence_parallel)
+    tensors = {t.name: t for t in every if t.name in named and t.name not in absent}
+    input1 = "full_x" if sequence_parallel else "x" if p.linear1 == "column" else "own_x"
+    kept = ("x" if sequence_parallel else input1,) + (("pre_act",) if save == "pre_act" else ())
+    kept += ("full_hidden",) if "full_hidden" in tensors else ()
+    nbytes = {name: t.bytes for name, t in tensors.items()}
+    why = tuple(reasons(p, sequence_parallel))
     return FFNPlan(
         **sizes,
         dtype=dtype,
         activation=activation,
         bias=bias,
         save=save,
-        partitioning="column->row",
+        partitioning=partitioning,
         sequence_parallel=sequence_parallel,
         tensors=tuple(tensors.values()),
-        gemms=_gemms(tensors, batch * seq, hidden, ffn // tp, save, sequence_parallel),
-        reductions=(
-            (Reduction("db2", "backward", "column_sum", ("dy",), ("db2",), tensors["dy"].bytes + tensors["db2"].bytes),)
-            if bias
-            else ()
+        gemms=tuple(_gemm(op, tensors, batch * seq) for op in operations if op.formula),
+        memory_passes=tuple(
+            MemoryPass(op.name, op.pass_, op.kernel, op.reads, op.writes, _hbm_bytes(op, tensors))
+            for op in operations
+            if not op.formula and not op.is_collective
         ),
-        saved_for_backward=("x", "pre_act") if save == "pre_act" else ("x",),
-        saved_by_eager=_saved_by_eager("full_x" if sequence_parallel else "x", activation),
-        collectives=collectives(tensors, tp, sequence_parallel),
-        overlaps=overlaps(tp, sequence_parallel, save, bias),
-        no_communication=tuple(no_communication(tp, gated, sequence_parallel)),
+        saved_for_backward=kept,
+        saved_by_eager=_saved_by_eager(input1, activation, "full_hidden" if "full_hidden" in tensors else "hidden"),
+        collectives=tuple(collectives(operations, tensors, tp)),
+        overlaps=tuple(overlaps(operations)),
+        no_communication=tuple(no_communication(why, tp)),
+        reasons=why if tp > 1 else (),
+        peak_bytes_forward=peak_bytes(operations, nbytes, kept, "forward"),
+        peak_bytes_backward=peak_bytes(operations, nbytes, kept, "backward"),
     )
 
 
-def _saved_by_eager(x: str, activation: str) -> tuple[str, ...]:
+def _saved_by_eager(x: str, activation: str, input2: str) -> tuple[str, ...]:
     if activation in GATED_ACTIVATIONS:
-        # chunk's halves are views of pre_act: f keeps gate, the product keeps f(gate) and up, F.linear hidden.
-        return (x, "pre_act", "gate_act", "hidden")
-    # F.relu's backward reads its output, which the second F.linear keeps anyway.
-    return (x, "hidden") if activation == "relu" else (x, "pre_act", "hidden")
+        # chunk's halves are views of pre_act: f keeps gate, the product keeps f(gate) and up, F.linear its input.
+        return (x, "pre_act", "gate_act", input2)
+    # F.relu's backward reads its output, which the second F.linear may keep anyway.
+    return tuple(dict.fromkeys((x, "hidden" if activation == "relu" else "pre_act", input2)))
+
+
+def _hbm_bytes(op: Operation, tensors: dict[str, Tensor]) -> int:
+    # A copy of a rank's own features reads no more than it writes.
+    read = op.writes if op.kernel == "copy" else op.reads
+    return sum(tensors[name].bytes for name in (*read, *op.writes) if name != "gate_act")
+
+
+def _gemm(op: Operation, tensors: dict[str, Tensor], m: int) -> Gemm:
+    weight = tensors["w1" if "w1" in op.reads or "dw1" in op.writes else "w2"]
+    out_features, in_features = weight.shape
+    mnk = {
+        "linear_act": (m, out_features, in_features),
+        "linear": (m, out_features, in_features),
+        "linear_dact": (m, in_features, out_features),
+        "dgrad": (m, in_features, out_features),
+        "wgrad": (out_features, in_features, m),
+    }[op.kernel]
+    hbm_bytes = _hbm_bytes(op, tensors)
+    return Gemm(op.name, op.pass_, op.kernel, op.formula, *mnk, 2 * prod(mnk), op.reads, op.writes, hbm_bytes)
 
 
 def _tensors(
-    b: int, s: int, h: int, shard: int, tp: int, bias: bool, gated: bool, itemsize: int, sequence_parallel: bool
-) -> dict[str, Tensor]:
-    """Every tensor of the module docstring by name; `shard` is F/P, `width` W."""
-    width = 2 * shard if gated else shard
-    both = "this rank's gate, then up features"
-    outputs, features = (both, both) if gated else ("this rank's output features", "this rank's features")
+    p: Partitioning, b: int, s: int, h: int, f: int, tp: int, gated: bool, itemsize: int, sequence_parallel: bool
+) -> list[Tensor]:
+    """Every tensor of any layer with this partitioning."""
+    halves = 2 if gated else 1
+    shards = p.shard_shapes(h, f, tp, halves)
     tokens: tuple[int, ...] = (s, b) if sequence_parallel else (b, s)
-    own = (s // tp, b, h) if sequence_parallel else (b, s, h)
+    slices = (s // tp, b, h) if sequence_parallel else (b, s, h)
+    # Features of a rank between the linears.
+    part = 1 if p.cuts["b1"] is None else tp
     given = summed = "this rank's slice of dim 0"
     if not sequence_parallel:
-        given, summed = "replicated", "all-reduced" if tp > 1 else "complete"
-    db2 = "sum over this rank's tokens" if sequence_parallel else "same on every rank"
-    rows: list[tuple[str, tuple[int, ...], str]] = [
-        ("x", own, given),
-        ("full_x", (*tokens, h), "all-gathered"),
-        ("w1", (width, h), f"{outputs}; paper layout {h} x {width}"),
-        ("b1", (width,), outputs),
-        ("pre_act", (*tokens, width), features),
-        ("gate_act", (*tokens, shard), "stored by eager alone"),
-        ("hidden", (*tokens, shard), "this rank's features"),
-        ("w2", (h, shard), f"this rank's input features; paper layout {shard} x {h}"),
-        ("b2", (h,), "replicated, added once"),
-        ("partial_y", (*tokens, h), "this rank's term of y"),
-        ("y", own, summed),
-        ("dy", own, given),
-        ("full_dy", (*tokens, h), "all-gathered"),
-        ("d_pre", (*tokens, width), features),
-        ("partial_dx", (*tokens, h), "this rank's term of dx"),
-        ("dx", own, summed),
-        ("dw1", (width, h), "as w1"),
-        ("db1", (width,), "as b1"),
-        ("dw2", (h, shard), "as w2"),
-        ("db2", (h,), db2),
-    ]
-    absent = (() if bias else ("b1", "b2", "db1", "db2")) + (() if gated else ("gate_act",))
-    absent += () if sequence_parallel else ("full_x", "full_dy")
-    return {
-        name: Tensor(name, shape, prod(shape), prod(shape) * itemsize, layout)
-        for name, shape, layout in rows
-        if name not in absent
+        given, summed = "replicated", "complete" if tp == 1 else "all-reduced"
+    gathered = "all-gathered" if tp > 1 else "complete"
+    columns, rows = "this rank's output features", "this rank's input features"
+    both = "this rank's gate, then up features"
+    own_pre = "every feature" if part < tp else both if gated else "this rank's features"
+    own_hidden = "every feature" if part < tp else "this rank's features"
+    term, by_rank = "this rank's term of {}", "features by rank, as a collective takes them"
+    paper = f"paper layout {shards['w1'][1]} x {shards['w1'][0]}", f"paper layout {shards['w2'][1]} x {shards['w2'][0]}"
+    layout = {
+        "w1": f"{rows if p.linear1 == 'row' else both if gated else columns}; {paper[0]}",
+        "w2": f"{rows if p.linear2 == 'row' else columns}; {paper[1]}",
     }
-
-
-def _gemms(
-    tensors: dict[str, Tensor], m: int, h: int, shard: int, save: str, sequence_parallel: bool
-) -> tuple[Gemm, ...]:
-    """The GEMMs in launch order, each with what its kernel reads and writes; `shard` is F/P."""
-
-    def gemm(name: str, pass_: str, kernel: str, formula: str, mnk: tuple[int, int, int], io: str) -> Gemm:
-        reads, writes = (tuple(t for t in side.split() if t in tensors) for side in io.split("->"))
-        hbm_bytes = sum(tensors[t].bytes for t in reads + writes)
-        return Gemm(name, pass_, kernel, formula, *mnk, 2 * prod(mnk), reads, writes, hbm_bytes)
-
-    width, _ = tensors["w1"].shape
-    to_width, to_shard = (m, width, h), (m, shard, h)
-    kept = save == "pre_act"
-    stored, made = ("hidden pre_act", "d_pre hidden db1") if kept else ("hidden", "d_pre db1")
-    x, dy = ("full_x", "full_dy") if sequence_parallel else ("x", "dy")
-    again = gemm("linear1_recompute", "backward", "linear_act", f"{x} @ w1.T", to_width, f"{x} w1 b1 -> pre_act hidden")
-    return (
-        gemm("linear1", "forward", "linear_act", f"{x} @ w1.T", to_width, f"{x} w1 b1 -> {stored}"),
-        gemm("linear2", "forward", "linear", "hidden @ w2.T", (m, h, shard), "hidden w2 b2 -> partial_y"),
-        *([] if kept else [again]),
-        gemm("d_hidden", "backward", "linear_dact", f"{dy} @ w2", to_shard, f"{dy} w2 pre_act -> {made}"),
-        gemm("dx", "backward", "dgrad", "d_pre @ w1", (m, h, width), "d_pre w1 -> partial_dx"),
-        gemm("dw2", "backward", "wgrad", f"{dy}.T @ hidden", (h, shard, m), f"{dy} hidden -> dw2"),
-        gemm("dw1", "backward", "wgrad", f"d_pre.T @ {x}", (width, h, m), f"d_pre {x} -> dw1"),
-    )
+    db2 = "as b2" if p.cuts["b2"] == 0 else "sum over this rank's tokens" if sequence_parallel else "same on every rank"
+    m = b * s
+    named: list[tuple[str, tuple[int, ...], str]] = [
+        ("x", slices, given),
+        ("full_x", (*tokens, h), "all-gathered"),
+        ("own_x", (*tokens, h // tp), "this rank's features of x"),
+        ("w1", shards["w1"], layout["w1"]),
+        ("b1", shards["b1"], own_pre.replace("every feature", "replicated")),
+        ("partial_pre_act", (*tokens, halves * f), term.format("every feature")),
+        ("pre_act_by_rank", (tp, m, halves * f // tp), by_rank),
+        ("pre_act", (*tokens, halves * f // part), own_pre),
+        ("gate_act", (*tokens, f // part), "scratch of dact" if p.hidden != KEEP else "stored by eager alone"),
+        ("hidden", (*tokens, f // part), own_hidden),
+        ("full_hidden_by_rank", (tp, m, f // tp), by_rank),
+        ("full_hidden", (*tokens, f), "all-gathered"),
+        ("w2", shards["w2"], layout["w2"]),
+        ("b2", shards["b2"], columns if p.cuts["b2"] == 0 else "replicated, added once"),
+        ("partial_y", (*tokens, h), term.format("y")),
+        ("own_y", (*tokens, h // tp), "this rank's features of y"),
+        ("y_by_rank", (tp, m, h // tp), by_rank),
+        ("y", slices, summed if p.linear2 == "row" else gathered),
+        ("dy", slices, given),
+        ("full_dy", (*tokens, h), "all-gathered"),
+        ("own_dy", (*tokens, h // tp), "this rank's features of dy"),
+        ("partial_d_hidden", (*tokens, f), term.format("every feature")),
+        ("d_hidden_by_rank", (tp, m, f // tp), by_rank),
+        ("d_hidden", (*tokens, f // part), own_hidden),
+        ("d_pre", (*tokens, halves * f // part), own_pre),
+        ("full_d_pre_by_rank", (tp, m, halves * f // tp), by_rank),
+        ("full_d_pre", (*tokens, halves * f), "all-gathered"),
+        ("partial_dx", (*tokens, h), term.format("dx")),
+        ("own_dx", (*tokens, h // tp), "this rank's features of dx"),
+        ("dx_by_rank", (tp, m, h // tp), by_rank),
+        ("dx", slices, summed if p.linear1 == "column" else gathered),
+        ("dw1", shards["w1"], "as w1"),
+        ("db1", shards["b1"], "as b1" if p.cuts["b1"] == 0 else "same on every rank"),
+        ("dw2", shards["w2"], "as w2"),
+        ("db2", shards["b2"], db2),
+    ]
+    return [Tensor(name, shape, prod(shape), prod(shape) * itemsize, where) for name, shape, where in named]

@@ -1,13 +1,9 @@
-"""Work out what the ranks of one tensor-parallel FFN layer send, and behind which kernels. Terms: plan.py.
-
-    replicated           forward  all_reduce y                               backward  all_reduce dx
-    sequence-parallel    forward  all_gather x, reduce_scatter y             backward  all_gather dy, all_gather x,
-                                                                                       reduce_scatter dx
+"""Work out what the ranks of one FFN layer send, how, and why. Terms: plan.py; when: plan_schedule.py.
 
 A ring all-reduce of N elements cuts them into P chunks, the first N mod P one element longer. Reduce-scatter
 and all-gather take P-1 rounds each. Rank r sends every chunk but r+1 in the first and every chunk but r+2 in
-the second (mod P): 2N - chunk[r+1] - chunk[r+2] elements; all ranks together send 2(P-1)·N. With sequence parallelism
-the chunks are the slices of dim 0, all equal: (P-1)/P·N elements a rank.
+the second (mod P): 2N - chunk[r+1] - chunk[r+2] elements; all ranks together send 2(P-1)·N. Where features or tokens
+are gathered or scattered, the chunks are the ranks' parts, all equal: (P-1)/P·N elements a rank.
 
 Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053) for the partitioning, Korthikanti et al., "Reducing activation
 recomputation in large transformer models" (arXiv:2205.05198) for sequence parallelism; Patarasuk and Yuan, "Bandwidth
@@ -16,9 +12,75 @@ optimal all-reduce algorithms for clusters of workstations" (2009) for the ring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from tpffn_triton.plan_report import Collective, NoCommunication, Overlap, Tensor
+from tpffn_triton import partitionings as regions
+from tpffn_triton.partitionings import Partitioning, Region
+from tpffn_triton.plan_records import Collective, NoCommunication, Overlap, Reason, Tensor
+from tpffn_triton.plan_schedule import Operation
+
+# What needs no collective there, forward and backward, and why; or why it needs the one it has.
+_AT_X: dict[Region, tuple[str, str]] = {
+    regions.COPY: (
+        "x is whole on every rank, and a column-parallel Linear1 reads all of it",
+        "each rank's features of d_pre give one term of dx: the terms are summed",
+    ),
+    regions.SPLIT: (
+        "x is whole on every rank, which takes the features that its w1 shard multiplies",
+        "each rank has dx of its own features, and all ranks need all",
+    ),
+}
+_AT_PRE_ACT: dict[Region, tuple[str, str]] = {
+    regions.KEEP: (
+        "a rank's output features are whole sums, so bias and activation apply to them at once",
+        "Linear1's gradients need d_pre of the rank's own features, which it has",
+    ),
+    regions.REDUCE_SCATTER: (
+        "each rank has a partial sum of every feature, and the activation is not linear: the sums come before bias and "
+        "activation; Linear2 reads own features alone, so each rank gets those sums (an all-gather adds nothing)",
+        "row-parallel Linear1 made every feature, so its gradients need d_pre of every feature; a rank has its own",
+    ),
+    regions.REDUCE: (
+        "each rank has a partial sum of every feature, and the activation is not linear: the sums come before bias and "
+        "activation; column-parallel Linear2 reads every feature",
+        "d_pre is whole on every rank, as row-parallel Linear1's gradients need it",
+    ),
+}
+_AT_HIDDEN: dict[Region, tuple[str, str]] = {
+    regions.KEEP: (
+        "a rank's features of the hidden are the input features of its w2 shard",
+        "d_hidden of a rank's features needs dy, which is whole on every rank, and its own w2 shard",
+    ),
+    regions.GATHER: (
+        "column-parallel Linear2 reads every feature, and a rank has its own (not an all-to-all: every rank needs all)",
+        "each rank's output features give one term of d_hidden of every feature; a rank needs the sum for its own",
+    ),
+    regions.COPY: (
+        "the hidden is whole on every rank, as column-parallel Linear2 reads it",
+        "each rank's output features give one term of d_hidden, of which every rank needs the sum for every feature",
+    ),
+}
+_AT_Y: dict[Region, tuple[str, str]] = {
+    regions.REDUCE: (
+        "each rank's input features give one term of y: the terms are summed",
+        "dy is whole on every rank, and row-parallel Linear2's gradients read all of it",
+    ),
+    regions.JOIN: (
+        "each rank has its own features of y, and all ranks need all",
+        "dy is whole on every rank, which takes the features that its w2 shard made",
+    ),
+}
+_AT_SLICES: dict[str, tuple[str, str]] = {
+    "x": (
+        "a rank has its own tokens, and column-parallel Linear1 reads all of them",
+        "each rank's features of d_pre give one term of dx; a rank needs the sum for its own tokens. dw1 needs all "
+        "tokens of x, of which the slice alone was kept",
+    ),
+    "y": (
+        "each rank's input features give one term of y; a rank needs the sum for its own tokens",
+        "a rank has dy of its own tokens, and Linear2's gradients read all of them; db2 alone stays this rank's part",
+    ),
+}
 
 
 def ring_all_reduce(elements: int, world_size: int) -> tuple[int, int, int]:
@@ -37,72 +99,64 @@ def ring_slices(elements: int, world_size: int) -> tuple[int, int, int]:
     return rounds * (elements // world_size), rounds * elements, rounds
 
 
-def collectives(tensors: Mapping[str, Tensor], tp: int, sequence_parallel: bool) -> tuple[Collective, ...]:
-    """Return the collectives in the order in which they start; none for one rank."""
-    if tp == 1:
-        return ()
-    if not sequence_parallel:
-        return tuple(
-            _collective(pass_, "all_reduce", tensors[name], name, ring_all_reduce(tensors[name].elements, tp))
-            for pass_, name in (("forward", "y"), ("backward", "dx"))
+def collectives(operations: Sequence[Operation], tensors: Mapping[str, Tensor], tp: int) -> Iterator[Collective]:
+    """Yield the collectives in the order in which they start."""
+    for op in operations:
+        if not op.is_collective:
+            continue
+        # The full tensor is the larger side.
+        payload = max((tensors[op.reads[0]], tensors[op.writes[0]]), key=lambda tensor: tensor.elements)
+        count = ring_all_reduce if op.kernel == "all_reduce" else ring_slices
+        most, total, rounds = count(payload.elements, tp)
+        yield Collective(
+            pass_=op.pass_,
+            kind=op.kernel,
+            tensor=op.name,
+            elements=payload.elements,
+            bytes=payload.bytes,
+            sent_per_rank=most,
+            sent_total=total,
+            sent_total_bytes=total * (payload.bytes // payload.elements),
+            rounds=rounds,
+            amplification=total / payload.elements,
         )
-    ways = (
-        ("forward", "all_gather", "full_x", "x"),
-        ("forward", "reduce_scatter", "partial_y", "y"),
-        ("backward", "all_gather", "full_dy", "dy"),
-        ("backward", "all_gather", "full_x", "x"),
-        ("backward", "reduce_scatter", "partial_dx", "dx"),
-    )
-    return tuple(
-        _collective(pass_, kind, tensors[full], name, ring_slices(tensors[full].elements, tp))
-        for pass_, kind, full, name in ways
-    )
 
 
-def _collective(pass_: str, kind: str, payload: Tensor, name: str, counts: tuple[int, int, int]) -> Collective:
-    most, total, rounds = counts
-    return Collective(
-        pass_=pass_,
-        kind=kind,
-        tensor=name,
-        elements=payload.elements,
-        bytes=payload.bytes,
-        sent_per_rank=most,
-        sent_total=total,
-        sent_total_bytes=total * (payload.bytes // payload.elements),
-        rounds=rounds,
-        amplification=total / payload.elements,
-    )
+def overlaps(operations: Sequence[Operation]) -> Iterator[Overlap]:
+    """Yield which collectives run behind which kernels; the others are exposed."""
+    for op in operations:
+        if op.is_collective and op.behind:
+            yield Overlap(op.pass_, op.name, op.behind)
 
 
-def overlaps(tp: int, sequence_parallel: bool, save: str, bias: bool) -> tuple[Overlap, ...]:
-    """Return which collectives run behind which kernels, by the order of passes.py; the others are exposed."""
-    if tp == 1:
-        return ()
-    gradients = ("dw2", "dw1", "db2") if bias else ("dw2", "dw1")
-    behind = [Overlap("backward", "dx", gradients)]
-    if sequence_parallel and save == "pre_act":
-        behind.insert(0, Overlap("backward", "x", ("d_hidden", "dx")))
-    elif sequence_parallel:
-        # Linear1 is computed again, from x: dy has that GEMM's time to arrive.
-        behind.insert(0, Overlap("backward", "dy", ("linear1_recompute",)))
-    return tuple(behind)
+def reasons(p: Partitioning, sequence_parallel: bool) -> Iterator[Reason]:
+    """Yield why there is a collective, or none, at x, pre_act, hidden and y, in the order of the passes."""
+    at = {
+        "x": (p.x, _AT_X[p.x]),
+        "pre_act": (p.pre_act, _AT_PRE_ACT[p.pre_act]),
+        "hidden": (p.hidden, _AT_HIDDEN[p.hidden]),
+        "y": (p.y, _AT_Y[p.y]),
+    }
+    if sequence_parallel:
+        at["x"] = (regions.GATHER, _AT_SLICES["x"])
+        at["y"] = (regions.REDUCE_SCATTER, _AT_SLICES["y"])
+    for name, (region, (why, _)) in at.items():
+        yield Reason("forward", name, region.forward, why)
+    for name, (region, (_, why)) in reversed(at.items()):
+        gradient = {"pre_act": "d_pre", "hidden": "d_hidden"}.get(name, f"d{name}")
+        yield Reason("backward", gradient, region.backward, why)
 
 
-def no_communication(tp: int, gated: bool, sequence_parallel: bool) -> Iterator[NoCommunication]:
-    """Yield the steps that a reader may expect to communicate, and why they do not."""
-    if tp == 1:
-        for pass_ in ("forward", "backward"):
-            for step in ("linear1", "linear2"):
-                yield NoCommunication(pass_, step, "one rank holds every weight")
-        return
-    if not sequence_parallel:
-        made = "gate and up features make" if gated else "output features are"
-        why = f"x is replicated, and a rank's {made} the input features of its w2 shard"
-        yield NoCommunication("forward", "linear1", why)
-        why = "dy is replicated; a rank's d_hidden needs only its w2 shard, its dw2 only its hidden"
-        yield NoCommunication("backward", "linear2", why)
-    else:
-        yield NoCommunication("forward", "activation", "every rank has all tokens of its own features")
-        why = "each rank's is its own tokens' part, which reduce_replicated_grads sums"
-        yield NoCommunication("backward", "db2", why)
+def no_communication(given: Sequence[Reason], tp: int) -> Iterator[NoCommunication]:
+    """Yield the linears that a reader may expect to communicate, and why they do not."""
+    for pass_, step, points in (
+        ("forward", "linear1", ("x", "pre_act")),
+        ("forward", "linear2", ("hidden", "y")),
+        ("backward", "linear2", ("dy", "d_hidden")),
+        ("backward", "linear1", ("d_pre", "dx")),
+    ):
+        here = [reason for reason in given if reason.pass_ == pass_ and reason.at in points]
+        if tp == 1:
+            yield NoCommunication(pass_, step, "one rank holds every weight")
+        elif not any(reason.kind for reason in here):
+            yield NoCommunication(pass_, step, "; ".join(reason.why for reason in here))

@@ -23,7 +23,8 @@ from tpffn_triton.cost_model import (
     nodes_needed,
 )
 from tpffn_triton.machines import Compute, Machine
-from tpffn_triton.plan_report import FFNPlan, Gemm, Reduction, align, human_bytes
+from tpffn_triton.plan_records import FFNPlan, Gemm, MemoryPass
+from tpffn_triton.plan_report import align, human_bytes
 
 PASSES = ("forward", "backward")
 LIBRARY_NOTE = "one-shot, two-shot, direct: would take symmetric memory; a process group, so ffn(), runs ring or tree."
@@ -127,8 +128,8 @@ def predict(
         raise ValueError(f"forward chunks are for an all-reduce: not with sequence parallelism, got {chunks}")
     compute = machine.compute(plan.tp)
     kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
-    own_us = {kernel.name: kernel.us for kernel in kernels}
-    behind = {(o.pass_, o.tensor): sum(own_us[name] for name in o.behind) for o in plan.overlaps}
+    own_us = {(kernel.pass_, kernel.name): kernel.us for kernel in kernels}
+    behind = {(o.pass_, o.tensor): sum(own_us[o.pass_, name] for name in o.behind) for o in plan.overlaps}
     pieces, times = 1, []
     for c in plan.collectives:
         best = choices(machine, c.kind, c.bytes, plan.tp, algorithms)[0]
@@ -143,7 +144,7 @@ def predict(
     return Prediction(machine.name, nodes_needed(machine, plan.tp), pieces, tuple(kernels), tuple(times))
 
 
-def _kernel_time(kernel: Gemm | Reduction, dtype: str, compute: Compute) -> KernelTime:
+def _kernel_time(kernel: Gemm | MemoryPass, dtype: str, compute: Compute) -> KernelTime:
     flops = kernel.flops if isinstance(kernel, Gemm) else 0
     us = kernel_us(compute, dtype, flops, kernel.hbm_bytes)
     memory_us = kernel_us(compute, dtype, 0, kernel.hbm_bytes)
