@@ -41,14 +41,18 @@ def surroundings(row: Row) -> str:
     """Say in two lines what ran where."""
     threads = f", {row['threads']} of {row['cores']} cores a rank" if row["device_type"] == "cpu" else ""
     interpreted = " (kernels run in Triton's interpreter)" if row["backend"] == "triton-interpreted" else ""
-    commit = row["commit"] or "unknown"
-    changes = " + uncommitted changes" if row["commit"] and row["uncommitted_changes"] else ""
     cuda = f", CUDA {row['cuda']}" if row["cuda"] else ""
     return (
         f"{row['device']}{threads}; fused by {row['backend']}{interpreted}\n"
         f"torch {row['torch']}, triton {row['triton']}{cuda}, python {row['python']}, "
-        f"commit {commit}{changes}"
+        f"{commit_of(row)}"
     )
+
+
+def commit_of(row: Row) -> str:
+    """Say which commit was measured."""
+    changes = " + uncommitted changes" if row["commit"] and row["uncommitted_changes"] else ""
+    return f"commit {row['commit'] or 'unknown'}{changes}"
 
 
 def _body(rows: list[Row]) -> str:

@@ -204,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_text(args.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
     if args.csv:
         report.write_csv(results["rows"], args.csv)
-    if results["rows"]:
-        strategy_plot.plot(results["rows"], drawn)
+    if not results["rows"]:
+        drawn = []
+    strategy_plot.plot(results["rows"], drawn)
     say_written(args.json, args.csv, *drawn)
     return 1 if results["refused"] else 0
 

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import report
 from strategy_report import Row, shape_of, where
+
+from tpffn_triton.predict import PASSES
 
 NAMES = {
     "unsplit": "unsplit",
@@ -23,9 +26,10 @@ COLOURS = {
     "column_column": "#ccbb44",
     "row_column": "#ee6677",
 }
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^v"
 _GREY, _HATCH, _PALE = "#888888", "////", 0.35
-PASSES = ("forward", "backward")
+_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6, "ytick.major.size": 0}
+_PANEL = 4.2  # inches
 
 
 def plot(rows: list[Row], paths: Sequence[Path]) -> None:
@@ -35,158 +39,170 @@ def plot(rows: list[Row], paths: Sequence[Path]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}):
+    with plt.rc_context(_STYLE):
         for path in paths:
             figure = PLOTS[path.name](plt, rows)
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
             plt.close(figure)
 
 
 def _time(plt: Any, rows: list[Row]) -> Any:
-    rows, shapes = _at_largest_p(rows)
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=(4.2 * len(shapes) + 1.8, 6.2), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, shape in zip(axes.flat, shapes, strict=True):
-        panel = _by_strategy(rows, shape)
-        ticks: dict[float, str] = {}
+    panels = _at_largest_p(rows)
+    figure = plt.figure(figsize=(_PANEL * len(panels) + 2.4, 6.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        places = []
         for place, (name, passes) in enumerate(panel.items()):
-            for offset, pass_ in zip((-0.2, 0.2), PASSES, strict=True):
-                row, at = passes[pass_], place + offset
-                p50, exposed, colour = row["ms_p50"], row["exposed_ms"], COLOURS[name]
-                axis.barh(at, p50 - exposed, 0.36, color=colour)
-                axis.barh(at, exposed, 0.36, left=p50 - exposed, color="white", edgecolor=colour, hatch=_HATCH)
+            for at, pass_ in ((place - 0.2, PASSES[0]), (place + 0.2, PASSES[1])):
+                row, colour = passes[pass_], COLOURS[name]
+                p50, compute = row["ms_p50"], row["compute_ms"]
+                axis.barh(at, compute, 0.36, color=colour)
+                axis.barh(at, p50 - compute, 0.36, left=compute, color="white", edgecolor=colour, hatch=_HATCH)
                 spread = [[max(0.0, p50 - row["ms_p20"])], [max(0.0, row["ms_p80"] - p50)]]
-                axis.errorbar(p50, at, xerr=spread, color="black", capsize=3, linewidth=1)
-                _label(axis, max(p50, row["ms_p80"]), at, f"{p50:.3g}")
-                ticks[at] = f"{NAMES[name]}  {pass_}" if offset < 0 else pass_
-        axis.set_yticks([*ticks], [*ticks.values()])
-        axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.set_xlim(0, 1.16 * max(row["ms_p80"] for passes in panel.values() for row in passes.values()))
-        axis.set_title(shape_of(panel[next(iter(panel))]["forward"]), fontsize=10)
+                whisker = axis.errorbar(p50, at, xerr=spread, color="black", capsize=3, linewidth=1)
+                _label(axis, max(p50, row["ms_p80"]), at, report.ms(p50))
+                places.append(at)
+            if axis is axes[0]:
+                to_the_left = {"xytext": (-72, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+                axis.annotate(NAMES[name], (0, place), xycoords=("axes fraction", "data"), **to_the_left)
+        axis.set_yticks(places, [*PASSES] * len(panel))
+        _fit(axis, len(panel), 1.2 * max(row["ms_p80"] for passes in panel.values() for row in passes.values()))
+        axis.set_title(shape_of(_first(panel)), fontsize=10)
         axis.set_xlabel("ms")
-        axis.tick_params(axis="y", length=0)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=_GREY),
-        plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=_GREY, hatch=_HATCH),
-        plt.errorbar([], [], xerr=[], color="black", capsize=3, linewidth=1),
-    ]
-    labels = [
-        "compute",
-        "exposed communication, on the rank that waits longest",
-        "p20 to p80 over rounds, slowest rank",
-    ]
-    _finish(figure, rows[0], "Time of one pass by partitioning: p50", handles, labels)
+    handles = {
+        "compute": _patch(plt, color=_GREY),
+        "exposed communication, on the rank that waits longest": _patch(
+            plt, facecolor="white", edgecolor=_GREY, hatch=_HATCH
+        ),
+        "p20 to p80 over rounds, slowest rank": whisker,
+    }
+    _explain(figure, handles)
+    _entitle(figure, f"Time of a pass (p50) by partitioning, {where(_first(panels[0]))}", _first(panels[0]))
     return figure
 
 
 def _bytes(plt: Any, rows: list[Row]) -> Any:
-    rows, shapes = _at_largest_p(rows)
-    figure, axes = plt.subplots(
-        2, len(shapes), figsize=(4.2 * len(shapes) + 1.8, 7), squeeze=False, sharey=True, layout="constrained"
+    panels = _at_largest_p(rows)
+    figure = plt.figure(figsize=(_PANEL * len(panels) + 1.2, 7.6), layout="constrained")
+    kinds = (
+        (_sent, "MiB sent by all ranks together", ("in forward", "in backward")),
+        (
+            _memory,
+            "MiB on each rank",
+            ("kept for backward", "the most that is alive, parameters and gradients included"),
+        ),
     )
-    for (sent, saved), shape in zip(axes.T, shapes, strict=True):
-        panel = _by_strategy(rows, shape)
-        for place, (name, passes) in enumerate(panel.items()):
-            forward, backward = (passes[pass_]["sent_bytes"] / 2**20 for pass_ in PASSES)
-            sent.barh(place, forward, 0.6, color=COLOURS[name])
-            sent.barh(place, backward, 0.6, left=forward, color=COLOURS[name], alpha=_PALE)
-            _label(sent, forward + backward, place, f"{forward:.4g} + {backward:.4g}")
-            kept = passes["forward"]["saved_bytes"] / 2**20
-            saved.barh(place, kept, 0.6, color=COLOURS[name])
-            _label(saved, kept, place, f"{kept:.4g}")
-        for axis, about in ((sent, "MiB sent by all ranks"), (saved, "MiB kept for backward by each rank")):
+    for part, (draw, unit, meanings) in zip(figure.subfigures(2, 1), kinds, strict=True):
+        axes = part.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            _fit(axis, len(panel), 1.4 * max(draw(axis, at, name, panel[name]) for at, name in enumerate(panel)))
             axis.set_yticks(range(len(panel)), [NAMES[name] for name in panel])
-            axis.set_ylim(len(panel) - 0.5, -0.5)
-            axis.set_xlim(0, 1.32 * max(bar.get_x() + bar.get_width() for bar in axis.patches))
-            axis.set_xlabel(about)
-            axis.tick_params(axis="y", length=0)
-        sent.set_title(shape_of(panel[next(iter(panel))]["forward"]), fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=_GREY), plt.Rectangle((0, 0), 1, 1, color=_GREY, alpha=_PALE)]
-    _finish(figure, rows[0], "Planned bytes by partitioning", handles, ["sent in forward", "sent in backward"])
+            axis.set_title(shape_of(_first(panel)), fontsize=10)
+            axis.set_xlabel(unit)
+        opacities = zip(meanings, (1, _PALE), strict=True)
+        _explain(part, {meaning: _patch(plt, color=_GREY, alpha=opacity) for meaning, opacity in opacities})
+    row = _first(panels[0])
+    about = f"P={row['tp']}, {row['activation']}, {row['dtype']}, {report.commit_of(row)}"
+    _entitle(figure, f"Bytes by partitioning, as planned: {about}")
     return figure
+
+
+def _sent(axis: Any, place: int, name: str, passes: dict[str, Row]) -> float:
+    """Draw what is sent; return where the bar ends."""
+    forward, backward = (passes[pass_]["sent_bytes"] / 2**20 for pass_ in PASSES)
+    axis.barh(place, forward, 0.6, color=COLOURS[name])
+    axis.barh(place, backward, 0.6, left=forward, color=COLOURS[name], alpha=_PALE)
+    _label(axis, forward + backward, place, f"{forward:.3g} + {backward:.3g}")
+    return forward + backward
+
+
+def _memory(axis: Any, place: int, name: str, passes: dict[str, Row]) -> float:
+    """Draw what is kept for backward as a part of the most that is alive; return where the bar ends."""
+    kept = passes[PASSES[0]]["saved_bytes"] / 2**20
+    most = max(row["peak_bytes"] for row in passes.values()) / 2**20
+    axis.barh(place, kept, 0.6, color=COLOURS[name])
+    axis.barh(place, most - kept, 0.6, left=kept, color=COLOURS[name], alpha=_PALE)
+    _label(axis, most, place, f"{kept:.3g} of {most:.3g}")
+    return most
 
 
 def _scaling(plt: Any, rows: list[Row]) -> Any:
     shapes = _shapes(rows)
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=(4.2 * len(shapes) + 0.6, 5), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = plt.figure(figsize=(_PANEL * len(shapes) + 0.6, 5.2), layout="constrained")
+    axes = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
-    for axis, shape in zip(axes.flat, shapes, strict=True):
+    for axis, shape in zip(axes, shapes, strict=True):
         own = [row for row in rows if row["shape"] == shape]
         world_sizes = sorted({row["tp"] for row in own})
+        axis.set(xscale="log", yscale="log", xlabel="ranks P")
+        axis.set_xticks(world_sizes, [str(p) for p in world_sizes])
+        axis.set_title(shape_of(own[0]), fontsize=10)
+        axis.grid(color="#e5e5e5", linewidth=0.6)
         base = _both(own, "unsplit", 1)
         if base is None:
-            axis.set_title(f"{shape_of(own[0])}\nnot measured at P=1", fontsize=10)
+            axis.annotate("not measured at P=1", (0.5, 0.5), xycoords="axes fraction", ha="center")
             continue
         ideal = [_ideal(next(row for row in own if row["tp"] == p)) for p in world_sizes]
         (handles["ideal"],) = axis.plot(world_sizes, ideal, "--", color=_GREY, linewidth=1)
-        for name in NAMES:
-            points = [(p, _both(own, name, p)) for p in world_sizes if p > 1]
-            reached = [(1, 1.0)] + [(p, base / ms) for p, ms in points if ms is not None]
-            if len(reached) > 1:
-                (handles[NAMES[name]],) = axis.plot(
-                    *zip(*reached, strict=True), "o-", color=COLOURS[name], markersize=5
-                )
-        axis.set_title(shape_of(own[0]), fontsize=10)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(world_sizes, [str(p) for p in world_sizes])
-        axis.xaxis.set_minor_locator(plt.NullLocator())
-        axis.set_ylim(0)
-        axis.set_xlabel("ranks P")
-        axis.grid(color="#e5e5e5", linewidth=0.6)
-    axes[0, 0].set_ylabel("speed-up over P=1")
+        for name, marker in zip([*NAMES][1:], _MARKERS, strict=True):
+            points = {1: 1.0} | {p: base / ms for p in world_sizes if (ms := _both(own, name, p)) is not None}
+            if len(points) > 1:
+                style = {"marker": marker, "color": COLOURS[name], "markersize": 7, "markeredgecolor": "white"}
+                (handles[NAMES[name]],) = axis.plot([*points], [*points.values()], **style)
+    ticks = [2.0**power for power in range(-6, 11)]
+    low, high = axes[0].get_ylim()
+    for axis in axes:
+        axis.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        axis.set_ylim(low, high)
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_locator(plt.NullLocator())
+    axes[0].set_ylabel("speed-up over one rank")
+    _explain(figure, handles)
     last = max(rows, key=lambda row: row["tp"])
-    _finish(figure, last, "Forward + backward against one rank", [*handles.values()], [*handles])
+    _entitle(figure, f"Forward + backward against one rank, {last['activation']}, {last['dtype']}", last)
     return figure
 
 
 def _ideal(row: Row) -> float:
-    """What P ranks could gain over one of as many threads, on a GPU over one GPU."""
-    if row["device_type"] == "cuda":
-        return row["tp"]
-    return min(row["tp"], max(1.0, row["cores"] / row["threads"]))
+    """Return what P ranks could gain at best: there may be fewer cores than they have threads."""
+    room = row["tp"] if row["device_type"] == "cuda" else row["cores"] / row["threads"]
+    return min(row["tp"], max(1.0, room))
 
 
 def _predicted(plt: Any, rows: list[Row]) -> Any:
-    figure, axis = plt.subplots(figsize=(8.6, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.2, 6.4), layout="constrained")
     world_sizes = sorted({row["tp"] for row in rows})
-    markers = dict(zip(world_sizes, _MARKERS * len(world_sizes), strict=False))
+    markers = {p: _MARKERS[number % len(_MARKERS)] for number, p in enumerate(world_sizes)}
     for row in rows:
         colour = COLOURS[row["strategy"]]
-        filled = colour if row["pass"] == "forward" else "none"
-        axis.plot(
-            row["ms_p50"],
-            row["predicted_ms"],
-            markers[row["tp"]],
-            color=colour,
-            markerfacecolor=filled,
-            markersize=7,
-            alpha=0.9,
-        )
+        style = {"color": colour, "markerfacecolor": colour if row["pass"] == PASSES[0] else "none", "markersize": 7}
+        axis.plot(row["ms_p50"], row["predicted_ms"], markers[row["tp"]], **style)
     times = [row[key] for row in rows for key in ("ms_p50", "predicted_ms")]
     ends = [min(times) / 1.5, max(times) * 1.5]
     (equal,) = axis.plot(ends, ends, color=_GREY, linewidth=1, zorder=0)
     within = axis.fill_between(ends, [t / 1.25 for t in ends], [t * 1.25 for t in ends], color="#eeeeee", zorder=-1)
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
-    axis.set_xlabel("measured, ms (p50)")
-    axis.set_ylabel("predicted, ms")
+    axis.set(xlabel="measured, ms (p50)", ylabel="predicted, ms")
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_formatter(lambda value, _: f"{value:g}")
-    present = [name for name in NAMES if any(row["strategy"] == name for row in rows)]
-    line = plt.Line2D
-    key = {
-        **{NAMES[name]: plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in present},
-        **{f"P={p}": line([], [], marker=m, linestyle="", color=_GREY, markersize=7) for p, m in markers.items()},
-        "filled: forward": line([], [], marker="o", linestyle="", color=_GREY, markersize=7),
-        "hollow: backward": line([], [], marker="o", linestyle="", color=_GREY, markerfacecolor="none", markersize=7),
+
+    def point(marker: str, **style: Any) -> Any:
+        return plt.Line2D([], [], marker=marker, linestyle="", color=_GREY, markersize=7, **style)
+
+    present = {row["strategy"] for row in rows}
+    handles = {
+        **{NAMES[name]: _patch(plt, color=COLOURS[name]) for name in NAMES if name in present},
+        **{f"P={p}": point(marker) for p, marker in markers.items()},
+        "filled: forward": point("o"),
+        "hollow: backward": point("o", markerfacecolor="none"),
         "predicted = measured": equal,
         "within a factor of 1.25": within,
     }
-    figure.legend(key.values(), key.keys(), loc="outside right center", frameon=False, fontsize=9, labelspacing=0.8)
-    shapes = ", ".join(_shapes(rows))
-    figure.suptitle(f"Predicted and measured time of a pass: {shapes}\n{_device(rows[-1])}", fontsize=10)
+    style = {"loc": "outside right center", "frameon": False, "fontsize": 9, "labelspacing": 0.8}
+    figure.legend(handles.values(), handles.keys(), **style)
+    last = max(rows, key=lambda row: row["tp"])
+    about = f"{', '.join(_shapes(rows))}; {last['activation']}, {last['dtype']}"
+    _entitle(figure, f"Predicted beside measured time of a pass: {about}", last)
     return figure
 
 
@@ -202,18 +218,18 @@ def _shapes(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["shape"] for row in rows))
 
 
-def _at_largest_p(rows: list[Row]) -> tuple[list[Row], list[str]]:
+def _at_largest_p(rows: list[Row]) -> list[dict[str, dict[str, Row]]]:
+    """Return for each shape the rows at the largest P by strategy and pass."""
     most = max(row["tp"] for row in rows)
-    chosen = [row for row in rows if row["tp"] == most]
-    return chosen, _shapes(chosen)
-
-
-def _by_strategy(rows: list[Row], shape: str) -> dict[str, dict[str, Row]]:
-    own: dict[str, dict[str, Row]] = {}
+    chosen: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
-        if row["shape"] == shape:
-            own.setdefault(row["strategy"], {})[row["pass"]] = row
-    return {name: own[name] for name in NAMES if name in own}
+        if row["tp"] == most:
+            chosen.setdefault(row["shape"], {}).setdefault(row["strategy"], {})[row["pass"]] = row
+    return [*chosen.values()]
+
+
+def _first(panel: dict[str, dict[str, Row]]) -> Row:
+    return next(iter(panel.values()))[PASSES[0]]
 
 
 def _both(rows: list[Row], strategy: str, p: int) -> float | None:
@@ -222,16 +238,26 @@ def _both(rows: list[Row], strategy: str, p: int) -> float | None:
     return sum(times) if times else None
 
 
+def _patch(plt: Any, **style: Any) -> Any:
+    return plt.Rectangle((0, 0), 1, 1, **style)
+
+
+def _fit(axis: Any, bars: int, end: float) -> None:
+    axis.set_ylim(bars - 0.5, -0.5)
+    axis.set_xlim(0, end)
+
+
 def _label(axis: Any, x: float, y: float, text: str) -> None:
     axis.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-def _device(row: Row) -> str:
-    commit = f", commit {row['commit']}" if row["commit"] else ""
-    threads = f", {row['threads']} of {row['cores']} cores a rank" if row["device_type"] == "cpu" else ""
-    return f"{row['device']}{threads}{commit}"
+def _explain(figure: Any, handles: dict[str, Any]) -> None:
+    style = {"loc": "outside lower center", "ncols": len(handles), "frameon": False, "fontsize": 9}
+    figure.legend(handles.values(), handles.keys(), **style)
 
 
-def _finish(figure: Any, row: Row, title: str, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}, {where(row)}\n{_device(row)}", fontsize=10)
+def _entitle(figure: Any, title: str, row: Row | None = None) -> None:
+    if row is not None:
+        threads = f", {row['threads']} of {row['cores']} cores a rank" if row["device_type"] == "cpu" else ""
+        title += f"\n{row['device']}{threads}, {report.commit_of(row)}"
+    figure.suptitle(title, fontsize=10)

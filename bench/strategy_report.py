@@ -17,7 +17,7 @@ Row = dict[str, Any]
 FIELDS = (
     *("strategy", "pass", "shape", "batch", "seq", "hidden", "ffn", "tp", "dtype", "activation", "rounds"),
     *("ms_p20", "ms_p50", "ms_p80", "compute_ms", "exposed_ms", "exposed_ms_least", "times_column_row"),
-    *("predicted_ms", "ratio", "sent_bytes", "saved_bytes"),
+    *("predicted_ms", "ratio", "sent_bytes", "saved_bytes", "peak_bytes"),
     *("device", "device_type", "ranks", "cores", "threads", "backend", "collectives", "torch", "triton", "python"),
     *("cuda", "commit", "uncommitted_changes", "load_average"),
 )
