@@ -5,6 +5,9 @@ REGIONS = "test_sequence_parallel.py -k gradients_of_regions"
 BLOCK = "test_sequence_parallel.py -k block_between"
 SUMMED = "test_sequence_parallel.py -k summed_once"
 MARK = "test_sequence_parallel.py -k megatrons_mark"
+RING = "test_traffic_bench.py -k ring_adds"
+SOCKET = "test_traffic_bench.py -k socket_counts"
+NOT_NEW = "test_traffic_bench.py -k not_new"
 
 MUTANTS = {
     "tpffn_triton/passes.py": [
@@ -116,6 +119,77 @@ MUTANTS = {
             "x, dx = (None if t is None else all_gather(t.contiguous(), call.group) for t in (x, dx))",
             "x = all_gather(x.contiguous(), call.group)",
             "test_sequence_parallel.py -k pytorchs_modes",
+        ),
+    ],
+    "bench/ring.py": [
+        (
+            "textbook ring one round short",
+            "    for step in range(size - 1):\n        own",
+            "    for step in range(size - 2):\n        own",
+            RING,
+        ),
+        ("ring that replaces instead of adding", "own += received", "own.copy_(received)", RING),
+        (
+            "ring that sends the same chunk in every round",
+            "_exchange(chunks[(rank - step) % size], received",
+            "_exchange(chunks[rank], received",
+            RING,
+        ),
+        ("ring that counts messages as elements", "counts.elements += sent.numel()", "counts.elements += 1", RING),
+    ],
+    "bench/network.py": [
+        (
+            "bytes sent before the first reading",
+            "last[column] - first[column]",
+            "last[column]",
+            "test_traffic_bench.py -k sent_between",
+        ),
+        ("retransmissions and bytes in another order", "_BYTES_SENT_AT = 200", "_BYTES_SENT_AT = 208", SOCKET),
+        (
+            "sockets of the first kind only",
+            "socket.AF_INET, socket.AF_INET6",
+            "socket.AF_INET6, socket.AF_INET6",
+            SOCKET,
+        ),
+        (
+            "a reading before the last acknowledgement",
+            "if carried == last:",
+            "if True:",
+            "test_traffic_bench.py -k nothing_follows",
+        ),
+        ("the machine's own network", "if _namespace() == outside or", "if", NOT_NEW),
+        (
+            "a network that others have used",
+            " or any(carried.bytes for carried in _interfaces().values())",
+            "",
+            NOT_NEW,
+        ),
+        ("root alone", '(["-n"], ["-r", "-n"])', '(["-n"],)', "test_traffic_bench.py -k user_namespace"),
+    ],
+    "bench/traffic_measure.py": [
+        (
+            "repeated calls not divided",
+            'rank["payload"] / repeats',
+            'rank["payload"]',
+            "test_traffic_bench.py -k tcp_carries",
+        ),
+        (
+            "packets of one repetition",
+            "(wire_then.bytes - wire.bytes) / repeats",
+            "wire_then.bytes - wire.bytes",
+            "test_traffic_bench.py -k wire_carries",
+        ),
+        (
+            "ranks that meet on the wire",
+            '    store.exchange({"reading": "counters"})\n',
+            "    torch.distributed.barrier()\n",
+            "test_traffic_bench.py -k wire_carries",
+        ),
+        (
+            "forward's collectives planned for both passes",
+            "tuple(c for c in plan.collectives if c.pass_ == pass_)",
+            'tuple(c for c in plan.collectives if c.pass_ == "forward")',
+            "test_traffic_bench.py -k every_collective",
         ),
     ],
 }

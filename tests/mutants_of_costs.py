@@ -52,10 +52,62 @@ MUTANTS = {
             "test_plan_sequence_parallel.py -k all_reduce",
         ),
         (
+            "payload of an all-gather is a rank's part",
+            "payload = max(",
+            "payload = min(",
+            "test_plan_partitionings.py -k table",
+        ),
+        (
+            "x of slices gathered once",
+            'yield Reason("backward", "x", "all_gather", ',
+            'yield Reason("backward", "x", None, ',
+            "test_plan_partitionings.py -k reason",
+        ),
+    ],
+    "tpffn_triton/plan_schedule.py": [
+        (
             "dx waited for before dw1",
-            '("dw2", "dw1", "db2") if bias',
-            '("dw2",) if bias',
+            'else ("dw2", "dw1", "db2")',
+            'else ("dw2",)',
             "test_plan_sequence_parallel.py -k analysed",
+        ),
+        (
+            "all-reduce needs a second buffer",
+            'if op.kernel == "all_reduce":',
+            "if False:",
+            "test_plan_memory.py -k 'column_row and gelu'",
+        ),
+        (
+            "what is kept freed after its last use",
+            "*saved, *RESULTS}",
+            "*RESULTS}",
+            "test_plan_memory.py -k 'row_column and gelu'",
+        ),
+        (
+            "input of a collective freed at its start",
+            "max(number, *hiding, ",
+            "max(number, ",
+            "test_plan_memory.py -k 'slices and gelu'",
+        ),
+        (
+            "partial sums gathered, not added",
+            's.add("pre_act", "reduce_scatter", ',
+            's.add("pre_act", "all_gather", ',
+            "test_plan_partitionings.py -k table",
+        ),
+    ],
+    "tpffn_triton/plan.py": [
+        (
+            "P that divides no H accepted",
+            "        if size % tp:",
+            "        if False:",
+            "test_plan_partitionings.py -k one_line",
+        ),
+        (
+            "gathered hidden not kept",
+            'kept += ("full_hidden",)',
+            "kept += ()",
+            "test_plan_memory.py -k 'column_column and gelu'",
         ),
     ],
     "tpffn_triton/machines.py": [

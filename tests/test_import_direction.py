@@ -25,7 +25,7 @@ LAYERS = (
     ("backends", "agreement", "regions", "plan_communication", "predict"),
     ("ops", "validation"),
     ("sharding", "passes", "plan"),
-    ("sweep",),
+    ("sweep", "plan_comparison"),
     ("plan_command",),
     ("transforms",),
     ("functional", "partitioned"),

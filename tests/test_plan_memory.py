@@ -1,4 +1,4 @@
-"""The plan's peaks and saved bytes are those of what runs: storages that are alive after each operation are added up."""
+"""The plan's peaks and saved bytes are those of what runs: what is alive after each operation, added up."""
 
 import pytest
 import torch

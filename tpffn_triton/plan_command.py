@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tpffn_triton import plan_report, predict, sweep
+from tpffn_triton import plan_comparison, plan_report, predict, sweep
 from tpffn_triton.cost_model import LIBRARY_ALGORITHMS
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.machines import ALGORITHMS, Machine
+from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import DTYPE_BYTES, plan_ffn
+from tpffn_triton.plan_records import FFNPlan
+from tpffn_triton.predict import Prediction
 from tpffn_triton.presets import GPU_CHOICES, LINKS, machine
 from tpffn_triton.validation import SAVE_MODES
 
@@ -24,6 +27,7 @@ examples:
   python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4
   python -m tpffn_triton plan --batch 1 --seq 4096 --hidden 8192 --ffn 28672 --tp 8 --activation swiglu --no-bias
   python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4 --save nothing --json
+  python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4 --partition all --explain
   python -m tpffn_triton plan --batch 8 --seq 128 --hidden 1024 --ffn 4096 --tp 4 --sequence-parallel --link nvlink4
   python -m tpffn_triton plan --batch 2 --seq 2048 --hidden 4096 --ffn 16384 --dtype bf16 \\
       --sweep tp=1,2,4,8,16 --link nvlink4 --nodes 2 --plot sweep.png
@@ -32,8 +36,9 @@ examples:
 """
 DESCRIPTION = """\
 Print shapes, FLOPs, bytes and communication of one FFN layer split over --tp ranks
-(Linear1 column-parallel, Linear2 row-parallel). With --link or --machine also the time that a
-cost model predicts, with --sweep for several P. Nothing runs, so no GPU is needed.
+(Linear1 column-parallel, Linear2 row-parallel; with --partition other ways to split it). With
+--link or --machine also the time that a cost model predicts, with --sweep for several P.
+Nothing runs, so no GPU is needed.
 """
 
 
@@ -65,6 +70,12 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
         action="store_true",
         help="x, y, dy and dx are slices of dim 0 of [S, B, H]; S divisible by P",
     )
+    plan.add_argument(
+        "--partition",
+        metavar="NAME,...",
+        help=f"of {', '.join(PARTITIONINGS)}; or all: side by side, and in JSON an object each, by name",
+    )
+    plan.add_argument("--explain", action="store_true", help="say why there is a collective, or none, at each point")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     cost = plan.add_argument_group("predicted time (docs/cost_model.md)")
     where = cost.add_mutually_exclusive_group()
@@ -94,18 +105,23 @@ def run(args: argparse.Namespace) -> str:
     sizes = (args.batch, args.seq, args.hidden, args.ffn)
     chunks = _chunks(args.forward_chunks)
     where = _machine(args, chunks)
-    if where is None:
-        plan = plan_ffn(*sizes, args.tp, **options)
-        return json.dumps(plan.to_dict(), indent=2) if args.json else plan_report.render_text(plan)
     given = tuple(args.algorithm or LIBRARY_ALGORITHMS)
     algorithms = None if "all" in given else given
     nodes = 1 if args.nodes is None else args.nodes
     if args.sweep is None:
-        plan = plan_ffn(*sizes, args.tp, **options)
-        prediction = predict.predict(plan, where, nodes=nodes, chunks=chunks, algorithms=algorithms)
-        if args.json:
-            return json.dumps({**plan.to_dict(), "predicted": prediction.to_dict(), **where.to_dict()}, indent=2)
-        return f"{plan_report.render_text(plan)}\n\n{predict.render_text(prediction, plan, where)}"
+        if args.partition is None:
+            plans = {"": plan_ffn(*sizes, args.tp, **options)}
+        else:
+            plans = plan_comparison.plan_partitionings(args.partition, (*sizes, args.tp), **options)
+        predictions = {
+            name: predict.predict(plan, where, nodes=nodes, chunks=chunks, algorithms=algorithms)
+            for name, plan in plans.items()
+            if where is not None
+        }
+        return (_json if args.json else _text)(plans, predictions, where, args.explain)
+    if args.partition is not None or args.explain:
+        raise ValueError("--sweep predicts column_row: it cannot go with --partition or --explain")
+    assert where is not None  # --sweep needs it
     world_sizes = sweep.parse_sweep(args.sweep)
     rows = sweep.sweep(sizes, world_sizes, where, nodes=nodes, chunks=chunks, algorithms=algorithms, **options)
     names = dict(zip(("batch", "seq", "hidden", "ffn"), sizes, strict=True))
@@ -118,6 +134,28 @@ def run(args: argparse.Namespace) -> str:
         inputs = {**names, **options, "nodes": nodes, "algorithms": algorithms, "forward_chunks": args.forward_chunks}
         return json.dumps(sweep.to_dict(rows, where, inputs), indent=2)
     return sweep.render_text(rows, where, title)
+
+
+def _json(plans: dict[str, FFNPlan], predictions: dict[str, Prediction], where: Machine | None, explain: bool) -> str:
+    objects = {name: plan.to_dict() for name, plan in plans.items()}
+    for name, prediction in predictions.items():
+        assert where is not None
+        objects[name] |= {"predicted": prediction.to_dict(), **where.to_dict()}
+    return json.dumps(objects.get("", objects), indent=2)  # reasons are in it anyway
+
+
+def _text(plans: dict[str, FFNPlan], predictions: dict[str, Prediction], where: Machine | None, explain: bool) -> str:
+    if len(plans) > 1:
+        parts = [plan_comparison.render_text(plans, predictions)]
+    else:
+        (plan,) = plans.values()
+        parts = [plan_report.render_text(plan)]
+        for prediction in predictions.values():
+            assert where is not None
+            parts.append(predict.render_text(prediction, plan, where))
+    if explain:
+        parts += [plan_comparison.explain(plan, name) for name, plan in plans.items()]
+    return "\n\n".join(parts)
 
 
 def _chunks(given: str) -> int | None:

@@ -49,7 +49,7 @@ _AT_PRE_ACT: dict[Region, tuple[str, str]] = {
 _AT_HIDDEN: dict[Region, tuple[str, str]] = {
     regions.KEEP: (
         "a rank's features of the hidden are the input features of its w2 shard",
-        "d_hidden of a rank's features needs dy, which is whole on every rank, and its own w2 shard",
+        "d_hidden of a rank's features needs its own w2 shard and all of dy, which it has",
     ),
     regions.GATHER: (
         "column-parallel Linear2 reads every feature, and a rank has its own (not an all-to-all: every rank needs all)",
@@ -73,12 +73,11 @@ _AT_Y: dict[Region, tuple[str, str]] = {
 _AT_SLICES: dict[str, tuple[str, str]] = {
     "x": (
         "a rank has its own tokens, and column-parallel Linear1 reads all of them",
-        "each rank's features of d_pre give one term of dx; a rank needs the sum for its own tokens. dw1 needs all "
-        "tokens of x, of which the slice alone was kept",
+        "each rank's features of d_pre give one term of dx; a rank needs the sum for its own tokens",
     ),
     "y": (
         "each rank's input features give one term of y; a rank needs the sum for its own tokens",
-        "a rank has dy of its own tokens, and Linear2's gradients read all of them; db2 alone stays this rank's part",
+        "a rank has dy of its own tokens, and Linear2's gradients read all of them, but for db2, which stays a part",
     ),
 }
 
@@ -145,6 +144,8 @@ def reasons(p: Partitioning, sequence_parallel: bool) -> Iterator[Reason]:
     for name, (region, (_, why)) in reversed(at.items()):
         gradient = {"pre_act": "d_pre", "hidden": "d_hidden"}.get(name, f"d{name}")
         yield Reason("backward", gradient, region.backward, why)
+    if sequence_parallel:
+        yield Reason("backward", "x", "all_gather", "dw1 needs all tokens of x, of which the slice alone was kept")
 
 
 def no_communication(given: Sequence[Reason], tp: int) -> Iterator[NoCommunication]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan_records import Collective, FFNPlan
 
 
@@ -23,7 +24,7 @@ def human_flops(count: int) -> str:
 
 def render_text(plan: FFNPlan) -> str:
     """Lay the plan out as aligned tables of plain ASCII; about 110 columns wide at common sizes."""
-    totals, shard, tokens = plan.totals, plan.ffn // plan.tp, plan.batch * plan.seq
+    totals = plan.totals
     tensor_rows = [(t.name, [*t.shape], t.elements, *_size(t.bytes), t.layout) for t in plan.tensors]
     gemm_rows = [(g.name, g.pass_, g.formula, f"{g.m}, {g.n}, {g.k}", *_work(g.flops)) for g in plan.gemms]
     hbm_rows = [
@@ -44,15 +45,11 @@ def render_text(plan: FFNPlan) -> str:
         "eager F.linear, activation, F.linear": plan.saved_by_eager,
     }
     saved_rows = [(who, ", ".join(names), *_size(plan.bytes_of(names))) for who, names in saved.items()]
-    sequence = ", activations sequence-parallel" if plan.sequence_parallel else ""
     behind = [f"  {o.pass_} {o.tensor}: behind {', '.join(o.behind)}" for o in plan.overlaps]
     none = [f"  {n.pass_} {n.step}: none; {n.why}" for n in plan.no_communication]
     lines = [
-        f"Tensor-parallel FFN: Linear1 column-parallel, Linear2 row-parallel{sequence}",
-        f"batch B={plan.batch}  seq S={plan.seq}  hidden_size H={plan.hidden}  ffn_hidden_size F={plan.ffn}  "
-        f"tp P={plan.tp}",
-        f"tokens M=B*S={tokens}  F/P={shard}  dtype {plan.dtype}  activation {plan.activation}  "
-        f"bias {'yes' if plan.bias else 'no'}  save {plan.save}",
+        f"Tensor-parallel FFN: {split_of(plan)}",
+        *summary(plan),
         *("", "Tensors of one rank (weights in nn.Linear layout)"),
         *align(("tensor", "shape", ">elements", ">bytes", ">", "over the group"), tensor_rows),
         f"  parameters: {_exact_size(totals['parameter_bytes'])} on each rank",
@@ -70,6 +67,23 @@ def render_text(plan: FFNPlan) -> str:
         *("", "Communication", *(line for c in plan.collectives for line in _collective(c, plan.tp)), *behind, *none),
     ]
     return "\n".join(lines)
+
+
+def split_of(plan: FFNPlan) -> str:
+    """Say in words how the layer is split."""
+    p = PARTITIONINGS[plan.partitioning]
+    sequence = ", activations sequence-parallel" if plan.sequence_parallel else ""
+    return f"Linear1 {p.linear1}-parallel, Linear2 {p.linear2}-parallel{sequence}"
+
+
+def summary(plan: FFNPlan) -> tuple[str, str]:
+    """Return two lines of sizes and options."""
+    return (
+        f"batch B={plan.batch}  seq S={plan.seq}  hidden_size H={plan.hidden}  ffn_hidden_size F={plan.ffn}  "
+        f"tp P={plan.tp}",
+        f"tokens M=B*S={plan.batch * plan.seq}  F/P={plan.ffn // plan.tp}  dtype {plan.dtype}  "
+        f"activation {plan.activation}  bias {'yes' if plan.bias else 'no'}  save {plan.save}",
+    )
 
 
 def _collective(c: Collective, tp: int) -> tuple[str, str]:

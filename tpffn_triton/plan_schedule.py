@@ -174,10 +174,8 @@ def peak_bytes(operations: Sequence[Operation], sizes: Mapping[str, int], saved:
     alive = {name for name in (*PARAMETERS, "x", given, *(saved if pass_ == "backward" else ())) if name in sizes}
     last_read: dict[str, int] = {}
     for number, op in enumerate(ours):
-        used = max(
-            [number, *(n for n, other in enumerate(ours) if other.name in op.behind and not other.is_collective)]
-        )
-        last_read |= {name: max(used, last_read.get(name, 0)) for name in op.reads}
+        hiding = [n for n, other in enumerate(ours) if other.name in op.behind and not other.is_collective]
+        last_read |= {name: max(number, *hiding, last_read.get(name, 0)) for name in op.reads}
     most = 0
     for number, op in enumerate(ours):
         if op.kernel == "all_reduce":

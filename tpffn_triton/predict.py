@@ -120,12 +120,14 @@ def predict(
     if plan.tp > room:
         raise ValueError(f"tp={plan.tp} exceeds {room} ranks: nodes={nodes}, ranks_per_node={machine.ranks_per_node}")
     shape = (machine, plan.batch * plan.seq, plan.hidden, plan.ffn // plan.tp, plan.tp, plan.dtype)
+    replicated = plan.partitioning == "column_row" and not plan.sequence_parallel
     if chunks is None:
-        chunks = 1 if plan.sequence_parallel else forward_chunks(*shape, algorithms=algorithms)
+        chunks = 1 if not replicated else forward_chunks(*shape, algorithms=algorithms)
     if chunks < 1:
         raise ValueError(f"forward chunks must be at least 1, got {chunks}")
-    if chunks > 1 and plan.sequence_parallel:
-        raise ValueError(f"forward chunks are for an all-reduce: not with sequence parallelism, got {chunks}")
+    if chunks > 1 and not replicated:
+        which = "sequence parallelism" if plan.sequence_parallel else plan.partitioning
+        raise ValueError(f"forward chunks are for column_row's all-reduce of y: not with {which}, got {chunks}")
     compute = machine.compute(plan.tp)
     kernels = [_kernel_time(kernel, plan.dtype, compute) for kernel in plan.kernels]
     own_us = {(kernel.pass_, kernel.name): kernel.us for kernel in kernels}
