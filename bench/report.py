@@ -43,7 +43,7 @@ def surroundings(row: Row) -> str:
     interpreted = " (kernels run in Triton's interpreter)" if row["backend"] == "triton-interpreted" else ""
     cuda = f", CUDA {row['cuda']}" if row["cuda"] else ""
     return (
-        f"{row['device']}{threads}; fused by {row['backend']}{interpreted}\n"
+        f"{row['device']}{threads}; our kernels: {row['backend']}{interpreted}\n"
         f"torch {row['torch']}, triton {row['triton']}{cuda}, python {row['python']}, "
         f"{commit_of(row)}"
     )

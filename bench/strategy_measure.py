@@ -33,6 +33,7 @@ from torch import Tensor
 from workloads import Problem, Shape
 
 from tpffn_triton.partitioned import partitioned_ffn
+from tpffn_triton.plan_comparison import ON_SLICES
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Strategy:
 UNSPLIT = Strategy("unsplit", "unsplit", "column_row")
 SPLIT = (
     Strategy("column_row", "column→row", "column_row"),
-    Strategy("column_row_sequence_parallel", "column→row, SP", "column_row", sequence_parallel=True),
+    Strategy(ON_SLICES, "column→row, SP", "column_row", sequence_parallel=True),
     Strategy("row_row", "row→row", "row_row"),
     Strategy("column_column", "column→column", "column_column"),
     Strategy("row_column", "row→column", "row_column"),

@@ -7,12 +7,13 @@ from typing import Any
 import report
 from strategy_report import Row, shape_of, where
 
+from tpffn_triton.plan_comparison import ON_SLICES
 from tpffn_triton.predict import PASSES
 
 NAMES = {
     "unsplit": "unsplit",
     "column_row": "column→row",
-    "column_row_sequence_parallel": "column→row,\nsequence-parallel",
+    ON_SLICES: "column→row,\nsequence-parallel",
     "row_row": "row→row",
     "column_column": "column→column",
     "row_column": "row→column",
@@ -21,14 +22,14 @@ NAMES = {
 COLOURS = {
     "unsplit": "#555555",
     "column_row": "#4477aa",
-    "column_row_sequence_parallel": "#66ccee",
+    ON_SLICES: "#66ccee",
     "row_row": "#228833",
     "column_column": "#ccbb44",
     "row_column": "#ee6677",
 }
 _MARKERS = "osD^v"
 _GREY, _HATCH, _PALE = "#888888", "////", 0.35
-_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6, "ytick.major.size": 0}
+_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
 _PANEL = 4.2  # inches
 
 
@@ -47,13 +48,12 @@ def plot(rows: list[Row], paths: Sequence[Path]) -> None:
 
 
 def _time(plt: Any, rows: list[Row]) -> Any:
-    panels = _at_largest_p(rows)
+    panels, places = _at_largest_p(rows)
     figure = plt.figure(figsize=(_PANEL * len(panels) + 2.4, 6.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        places = []
-        for place, (name, passes) in enumerate(panel.items()):
-            for at, pass_ in ((place - 0.2, PASSES[0]), (place + 0.2, PASSES[1])):
+        for name, passes in panel.items():
+            for at, pass_ in ((places[name] - 0.2, PASSES[0]), (places[name] + 0.2, PASSES[1])):
                 row, colour = passes[pass_], COLOURS[name]
                 p50, compute = row["ms_p50"], row["compute_ms"]
                 axis.barh(at, compute, 0.36, color=colour)
@@ -61,14 +61,13 @@ def _time(plt: Any, rows: list[Row]) -> Any:
                 spread = [[max(0.0, p50 - row["ms_p20"])], [max(0.0, row["ms_p80"] - p50)]]
                 whisker = axis.errorbar(p50, at, xerr=spread, color="black", capsize=3, linewidth=1)
                 _label(axis, max(p50, row["ms_p80"]), at, report.ms(p50))
-                places.append(at)
-            if axis is axes[0]:
-                to_the_left = {"xytext": (-72, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-                axis.annotate(NAMES[name], (0, place), xycoords=("axes fraction", "data"), **to_the_left)
-        axis.set_yticks(places, [*PASSES] * len(panel))
-        _fit(axis, len(panel), 1.2 * max(row["ms_p80"] for passes in panel.values() for row in passes.values()))
+        axis.set_yticks([place + off for place in places.values() for off in (-0.2, 0.2)], [*PASSES] * len(places))
+        _fit(axis, len(places), 1.2 * max(row["ms_p80"] for passes in panel.values() for row in passes.values()))
         axis.set_title(shape_of(_first(panel)), fontsize=10)
         axis.set_xlabel("ms")
+    for name, place in places.items():
+        to_the_left = {"xytext": (-72, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        axes[0].annotate(NAMES[name], (0, place), xycoords=("axes fraction", "data"), **to_the_left)
     handles = {
         "compute": _patch(plt, color=_GREY),
         "exposed communication, on the rank that waits longest": _patch(
@@ -82,7 +81,7 @@ def _time(plt: Any, rows: list[Row]) -> Any:
 
 
 def _bytes(plt: Any, rows: list[Row]) -> Any:
-    panels = _at_largest_p(rows)
+    panels, places = _at_largest_p(rows)
     figure = plt.figure(figsize=(_PANEL * len(panels) + 1.2, 7.6), layout="constrained")
     kinds = (
         (_sent, "MiB sent by all ranks together", ("in forward", "in backward")),
@@ -95,8 +94,8 @@ def _bytes(plt: Any, rows: list[Row]) -> Any:
     for part, (draw, unit, meanings) in zip(figure.subfigures(2, 1), kinds, strict=True):
         axes = part.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, panel in zip(axes, panels, strict=True):
-            _fit(axis, len(panel), 1.4 * max(draw(axis, at, name, panel[name]) for at, name in enumerate(panel)))
-            axis.set_yticks(range(len(panel)), [NAMES[name] for name in panel])
+            _fit(axis, len(places), 1.4 * max(draw(axis, places[name], name, panel[name]) for name in panel))
+            axis.set_yticks([*places.values()], [NAMES[name] for name in places])
             axis.set_title(shape_of(_first(panel)), fontsize=10)
             axis.set_xlabel(unit)
         opacities = zip(meanings, (1, _PALE), strict=True)
@@ -218,14 +217,16 @@ def _shapes(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["shape"] for row in rows))
 
 
-def _at_largest_p(rows: list[Row]) -> list[dict[str, dict[str, Row]]]:
-    """Return for each shape the rows at the largest P by strategy and pass."""
+def _at_largest_p(rows: list[Row]) -> tuple[list[dict[str, dict[str, Row]]], dict[str, int]]:
+    """Return for each shape the rows at the largest P by strategy and pass, and each strategy's place, the same in all
+    panels."""
     most = max(row["tp"] for row in rows)
-    chosen: dict[str, dict[str, dict[str, Row]]] = {}
+    panels: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row["tp"] == most:
-            chosen.setdefault(row["shape"], {}).setdefault(row["strategy"], {})[row["pass"]] = row
-    return [*chosen.values()]
+            panels.setdefault(row["shape"], {}).setdefault(row["strategy"], {})[row["pass"]] = row
+    present = [name for name in NAMES if any(name in panel for panel in panels.values())]
+    return [*panels.values()], {name: place for place, name in enumerate(present)}
 
 
 def _first(panel: dict[str, dict[str, Row]]) -> Row:
@@ -244,6 +245,7 @@ def _patch(plt: Any, **style: Any) -> Any:
 
 def _fit(axis: Any, bars: int, end: float) -> None:
     axis.set_ylim(bars - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
     axis.set_xlim(0, end)
 
 

@@ -76,6 +76,9 @@ def _notes(results: dict[str, Any]) -> str:
         "SP: sequence parallelism, x and y are each rank's slice of the tokens; this one alone is ffn()'s own pass.",
         f"Predicted for {results['machine']['name']}.",
     ]
+    most = rows[0]
+    if most["device_type"] == "cpu" and most["ranks"] * most["threads"] >= most["cores"]:
+        notes.append(f"At P={most['tp']} ranks fill the cores: gloo's own threads take their time from computation.")
     return "\n".join(notes + report.machine_notes(rows))
 
 

@@ -144,6 +144,14 @@ def test_bars_and_lines_have_the_rows_lengths(spawned: SimpleNamespace) -> None:
         plt.close(figure)
 
 
+def test_a_strategy_has_its_place_in_every_panel(spawned: SimpleNamespace) -> None:
+    """Also where another was refused for one shape alone."""
+    refused = [row | {"shape": "other"} for row in spawned.rows if row["strategy"] != "row_row"]
+    (_, second), places = strategy_plot._at_largest_p([*spawned.rows, *refused])
+    assert [*places] == SPLIT
+    assert [places[name] for name in second] == [0, 1, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("device_type", "tp", "threads", "ideal"), [("cpu", 4, 1, 4), ("cpu", 8, 1, 4), ("cpu", 4, 4, 1), ("cuda", 8, 4, 8)]
 )
