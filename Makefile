@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(KEY)
 TRITON_36 := .cache/triton-3.6.0
 TRITON_36_STAMP := $(TRITON_36)/.ready-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: help test mutants bench lint gpu
+.PHONY: help test mutants bench analysis lint gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ mutants: $(STAMP) ## make mistakes in a copy of the sources: the tests must noti
 
 bench: $(STAMP) ## compare with eager PyTorch on this machine (BENCH_FLAGS="--tp 4 --quick")
 	$(VENV)/bin/python bench/ffn_bench.py $(BENCH_FLAGS)
+
+analysis: $(STAMP) ## measure what docs/analysis.md shows, write its tables and plots again (RESULTS=bench/results/folder)
+	$(VENV)/bin/python bench/write_analysis.py --measure --results $(or $(RESULTS),bench/results/$(shell date -u +%F)_cpu)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(RUN) ruff check .

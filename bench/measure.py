@@ -121,7 +121,7 @@ def _measure_problem(
         for mode in settings.modes:
             step = make_step(forward, own, rank.group, mode, settings.graph)
             name = implementation.name
-            error, tensor = _worst_error(step, reference, rank)
+            error, tensor = worst_error(step, reference, rank)
             if error <= bound:
                 errors[mode, name], steps[mode][name] = error, step
             else:
@@ -139,7 +139,7 @@ def _measure_problem(
     return rows, refused
 
 
-def _worst_error(step: Step, reference: dict[str, Tensor], rank: Rank) -> tuple[float, str]:
+def worst_error(step: Step, reference: dict[str, Tensor], rank: Rank) -> tuple[float, str]:
     """Return the largest relative error of step's outputs over tensors and ranks, and the tensor's name."""
     step.reset()
     step()

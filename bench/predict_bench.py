@@ -19,15 +19,14 @@ import comm_bench
 import comm_fit
 import comm_measure
 import environment
-import numpy as np
 import ranks
 import report
 import workloads
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
 from implementations import IMPLEMENTATIONS
 from ranks import Rank
-from steps import RecordedForward, Step
-from timing import HostClock
+from steps import passes_of
+from timing import time_rounds
 from workloads import SHAPES, Shape
 
 from tpffn_triton.kernels.activations import ACTIVATIONS
@@ -47,7 +46,6 @@ examples:
       python bench/predict_bench.py --tp 2,4 --machine here.json --json predicted.json
 """
 DEFAULT_SHAPES = "small,analysed,wide"
-SHOWN = {**SHAPES, "wide": Shape("wide", batch=8, seq=256, hidden=1536, ffn=6144, tp=4)}
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,9 @@ def measure(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
         rank.say(f"{shape.name}, P={shape.tp}: {settings.rounds} rounds")
         full = workloads.draw(shape, settings.dtype, settings.activation, rank.device)
         own = workloads.shard(full, rank.rank, rank.world_size, settings.activation)
-        steps, clock = _steps(rank, own, settings.activation), HostClock()
-        # Not in turns, as elsewhere: a backward needs the forward before it.
-        rounds = [
-            {pass_: clock.measure(step, rank) for pass_, step in steps.items()} for _ in range(settings.rounds + 1)
-        ][1:]
+        steps = passes_of(IMPLEMENTATIONS["fused"].build(settings.activation, False), own, rank.group)
+        times, _ = time_rounds(steps, rank, graph=False, quick=False, rounds=settings.rounds, together=2)
         for pass_ in PASSES:
-            longest = np.array([rank.maxima(figures[pass_]) for figures in rounds])
-            least = -np.array([rank.maxima([-value for value in figures[pass_]]) for figures in rounds])
-            p20, p50, p80 = np.quantile(longest[:, 0], (0.2, 0.5, 0.8)).tolist()
             rows.append(
                 {
                     "shape": shape.name,
@@ -84,34 +76,11 @@ def measure(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
                     "activation": settings.activation,
                     "pass": pass_,
                     "rounds": settings.rounds,
-                    "ms_p20": p20,
-                    "ms_p50": p50,
-                    "ms_p80": p80,
-                    "exposed_ms": float(np.median(longest[:, 1])),
-                    "exposed_ms_least": float(np.median(least[:, 1])),
+                    **times[pass_].figures(),
                 }
                 | environment.describe(rank)
             )
     return rows
-
-
-class _BackwardOf(Step):
-    """The backward of a forward that has just run."""
-
-    def __init__(self, forward: RecordedForward) -> None:
-        self.recorded = forward
-
-    def reset(self) -> None:
-        """Keep what forward has recorded."""
-
-    def __call__(self) -> None:
-        """Compute the gradients."""
-        self.recorded.backward()
-
-
-def _steps(rank: Rank, own: workloads.Problem, activation: str) -> dict[str, Step]:
-    forward = RecordedForward(IMPLEMENTATIONS["fused"].build(activation, False), own, rank.group, "fwd_bwd")
-    return dict(zip(PASSES, (forward, _BackwardOf(forward)), strict=True))
 
 
 def add_predictions(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -164,7 +133,7 @@ def build_parser() -> OneLineErrorParser:
         epilog=EPILOG,
     )
     parser.add_argument("--tp", default="2,4", metavar="P,...", help="ranks (default: %(default)s)")
-    parser.add_argument("--shapes", default=DEFAULT_SHAPES, metavar="NAME,...", help=f"of {', '.join(SHOWN)}")
+    parser.add_argument("--shapes", default=DEFAULT_SHAPES, metavar="NAME,...", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="default: %(default)s")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="by comm_bench.py (default: measure it first)")
@@ -184,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_sizes = comm_bench.world_sizes_of(args.tp, "cpu")
         if world_sizes[0] == 1:
             raise ValueError(f"--tp takes P above 1, got {args.tp}")
-        shapes = [SHOWN[name] for name in names(args.shapes, [*SHOWN], "shape")]
+        shapes = [SHAPES[name] for name in names(args.shapes, [*SHAPES], "shape")]
         wanted = {p: tuple(replace(shape, tp=p) for shape in shapes) for p in world_sizes}
         if args.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {args.rounds}")

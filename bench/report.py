@@ -34,17 +34,25 @@ def _header(rows: list[Row]) -> str:
         ranks = f"one rank's shard of P={row['tp']} (F/P={row['ffn'] // row['tp']}), WITHOUT COMMUNICATION"
     else:
         ranks = f"P={row['tp']}" + (f" ({row['collectives']})" if row["collectives"] else "")
+    return f"{shape}, {ranks}\n{surroundings(row)}"
+
+
+def surroundings(row: Row) -> str:
+    """Say in two lines what ran where."""
     threads = f", {row['threads']} of {row['cores']} cores a rank" if row["device_type"] == "cpu" else ""
     interpreted = " (kernels run in Triton's interpreter)" if row["backend"] == "triton-interpreted" else ""
-    commit = row["commit"] or "unknown"
-    changes = " + uncommitted changes" if row["commit"] and row["uncommitted_changes"] else ""
     cuda = f", CUDA {row['cuda']}" if row["cuda"] else ""
     return (
-        f"{shape}, {ranks}\n"
-        f"{row['device']}{threads}; fused by {row['backend']}{interpreted}\n"
+        f"{row['device']}{threads}; our kernels: {row['backend']}{interpreted}\n"
         f"torch {row['torch']}, triton {row['triton']}{cuda}, python {row['python']}, "
-        f"commit {commit}{changes}"
+        f"{commit_of(row)}"
     )
+
+
+def commit_of(row: Row) -> str:
+    """Say which commit was measured."""
+    changes = " + uncommitted changes" if row["commit"] and row["uncommitted_changes"] else ""
+    return f"commit {row['commit'] or 'unknown'}{changes}"
 
 
 def _body(rows: list[Row]) -> str:
@@ -56,13 +64,13 @@ def _body(rows: list[Row]) -> str:
         "impl": lambda r: r["impl"],
         "mode": lambda r: r["mode"],
         "dtype": lambda r: r["dtype"] if several_dtypes else "",
-        "ms p50 [p20–p80]": lambda r: f"{_ms(r['ms_p50'])} [{_ms(r['ms_p20'])}–{_ms(r['ms_p80'])}]",
+        "ms p50 [p20–p80]": lambda r: f"{ms(r['ms_p50'])} [{ms(r['ms_p20'])}–{ms(r['ms_p80'])}]",
         "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
         "roofline": lambda r: _or_empty(r["roofline_pct"], "{:.0f} %"),
         "× unfused": lambda r: _or_empty(r["speedup_vs_unfused"], "{:.2f}"),
         "× oneDNN": lambda r: _or_empty(r["speedup_vs_unfused_onednn"], "{:.2f}"),
         "comm ms (least)": _comm,
-        "compute ms": lambda r: "" if r["compute_ms"] is None else _ms(r["compute_ms"]),
+        "compute ms": lambda r: "" if r["compute_ms"] is None else ms(r["compute_ms"]),
         "peak MiB": lambda r: _or_empty(r["peak_mem_bytes"], "{:.1f}", 2**20),
         "rel err (÷ unfused's)": lambda r: f"{r['max_rel_err']:.1e}" + _or_empty(r["error_vs_unfused"], " ({:.2f})"),
     }
@@ -80,11 +88,11 @@ def _body(rows: list[Row]) -> str:
 def _comm(row: Row) -> str:
     if row["comm_ms"] is None:
         return ""
-    return f"{_ms(row['comm_ms'])} ({_ms(row['comm_ms_least'])})" if row["ranks"] > 1 else _ms(row["comm_ms"])
+    return f"{ms(row['comm_ms'])} ({ms(row['comm_ms_least'])})" if row["ranks"] > 1 else ms(row["comm_ms"])
 
 
-def _ms(value: float) -> str:
-    """Four significant digits, down to 0.1 µs."""
+def ms(value: float) -> str:
+    """Show a time in four significant digits, down to 0.1 µs."""
     digits = 1 if value >= 100 else 2 if value >= 10 else 3 if value >= 1 else 4
     return f"{value:.{digits if value else 0}f}"
 
@@ -112,18 +120,25 @@ def _notes(rows: list[Row]) -> str:
         notes.append(
             "Graph replays: GPU time alone." if first["graph"] else "The host's launches are included; see --graph."
         )
-    else:
-        notes.append("CPU figures compare implementations on this machine; they say nothing about a GPU.")
-        if first["ranks"] > first["cores"]:
-            notes.append(f"{first['ranks']} ranks share {first['cores']} cores: they wait for one another.")
-        if any(row["impl"] == "unfused-onednn" for row in rows):
-            notes.append("Over the better baseline, fused gains by fusion and overlap; the rest is the GEMM library.")
-    if any(row["ms_p80"] > _WIDE * row["ms_p20"] for row in rows):
-        load = "" if first["load_average"] is None else f" (load average at the start: {first['load_average']:.1f})"
-        notes.append(f"The times spread widely; was the machine busy{load}? Differences inside p20–p80 are noise.")
+    elif any(row["impl"] == "unfused-onednn" for row in rows):
+        notes.append("Over the better baseline, fused gains by fusion and overlap; the rest is the GEMM library.")
+    notes += machine_notes(rows)
     if any(row["peak_mem_bytes"] is None for row in rows):
         notes.append("peak MiB: this system does not tell.")
     return "\n".join(notes)
+
+
+def machine_notes(rows: list[Row]) -> list[str]:
+    """Say what the machine that ran them leaves in doubt of times."""
+    first, notes = rows[0], []
+    if first["device_type"] != "cuda":
+        notes.append("CPU figures compare implementations on this machine; they say nothing about a GPU.")
+        if first["ranks"] > first["cores"]:
+            notes.append(f"{first['ranks']} ranks share {first['cores']} cores: they wait for one another.")
+    if any(row["ms_p80"] > _WIDE * row["ms_p20"] for row in rows):
+        load = "" if first["load_average"] is None else f" (load average at the start: {first['load_average']:.1f})"
+        notes.append(f"The times spread widely; was the machine busy{load}? Differences inside p20–p80 are noise.")
+    return notes
 
 
 def write_json(rows: list[Row], path: Path) -> None:

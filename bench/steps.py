@@ -57,6 +57,27 @@ class RecordedForward(Step):
         self.y.backward(self.problem.dy)
 
 
+class BackwardOf(Step):
+    """The backward of a recorded forward that has just run."""
+
+    def __init__(self, forward: RecordedForward) -> None:
+        super().__init__(forward.forward, forward.problem, forward.group, forward.mode)
+        self.recorded = forward
+
+    def reset(self) -> None:
+        """Keep what forward has recorded."""
+
+    def __call__(self) -> None:
+        """Compute the gradients."""
+        self.recorded.backward()
+
+
+def passes_of(forward: Forward, problem: Problem, group: Group) -> dict[str, Step]:
+    """Return forward and backward as steps of their own, to be run in this order."""
+    recorded = RecordedForward(forward, problem, group, "fwd_bwd")
+    return {"forward": recorded, "backward": BackwardOf(recorded)}
+
+
 class CapturedStep(Step):
     """A step replayed as a CUDA graph, which owns its results: NaN at first, overwritten by each call."""
 

@@ -1,7 +1,8 @@
 """Time steps fairly: interleaved rounds, a barrier before every step, and what the clock sees stated.
 
-A step is one forward, or one forward and backward with gradients of x, w1, b1, w2 and b2, on one rank. A
-round runs every implementation once, starting one further each time. Figures are maxima over ranks per step.
+A step is one forward, or one forward and backward with gradients of x, w1, b1, w2 and b2, on one rank; or each of the
+two passes by itself. A round runs every implementation once, starting one further each time. Figures are maxima over
+ranks per step.
 
     CPU              host clock around the step; caches as the step before left them
     CUDA             events around the step. L2 is overwritten before it, and the GPU is idle when it begins,
@@ -19,11 +20,12 @@ Source: triton.testing.do_bench and DeepGEMM's testing/bench.py (L2 overwritten,
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import checkout  # noqa: F401
+import numpy as np
 import torch
 from ranks import Rank
 from steps import Step
@@ -31,6 +33,7 @@ from steps import Step
 from tpffn_triton.collectives import observe
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 _L2_OVERWRITE_BYTES = 256 << 20
 
 
@@ -111,12 +114,28 @@ class Times:
     comm_ms: list[float]
     comm_ms_least: list[float]
 
+    def figures(self) -> dict[str, float]:
+        """Quantiles of ms, medians of exposed communication and of what is left of ms without it."""
+        p20, p50, p80 = np.quantile(self.ms, (0.2, 0.5, 0.8)).tolist()
+        exposed, least = float(np.median(self.comm_ms)), float(np.median(self.comm_ms_least))
+        return {
+            "ms_p20": p20,
+            "ms_p50": p50,
+            "ms_p80": p80,
+            "compute_ms": p50 - exposed,
+            "exposed_ms": exposed,
+            "exposed_ms_least": least,
+        }
 
-def run_rounds(steps: dict[str, Step], clock: Clock, rank: Rank, rounds: int) -> dict[str, Times]:
-    """Run every implementation once a round; returns each one's times."""
-    local: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+
+def run_rounds(steps: dict[K, Step], clock: Clock, rank: Rank, rounds: int, together: int = 1) -> dict[K, Times]:
+    """Run every implementation once a round; returns each one's times.
+
+    together   how many steps make one implementation, in order: 2 where a backward follows its forward
+    """
+    local: dict[K, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds):
-        for name in rotated(list(steps), number):
+        for name in rotated(list(steps), number * together):
             local[name].append(clock.measure(steps[name], rank))
     times = {}
     for name, measured in local.items():
@@ -134,17 +153,18 @@ def rounds_within(seconds: float, bounds: tuple[int, int], measure_round: Callab
 
 
 def time_rounds(
-    steps: dict[str, Step], rank: Rank, *, graph: bool, quick: bool, rounds: int | None
-) -> tuple[dict[str, Times], int]:
+    steps: dict[K, Step], rank: Rank, *, graph: bool, quick: bool, rounds: int | None, together: int = 1
+) -> tuple[dict[K, Times], int]:
     """Warm up, then time; returns run_rounds' result and the number of rounds.
 
-    rounds   None: as many as fit into 15 s (CUDA: 5 s), 10 to 50 (20 to 200); with quick, 3 (10)
-    quick    also shortens the warm-up
+    rounds     None: as many as fit into 15 s (CUDA: 5 s), 10 to 50 (20 to 200); with quick, 3 (10)
+    quick      also shortens the warm-up
+    together   as for run_rounds
     """
     cuda = rank.device.type == "cuda"
     clock: Clock = CudaClock(graph) if cuda else HostClock()
     warm_up = (3 if quick else 25) if cuda else (0 if quick else 1)
-    run = functools.partial(run_rounds, steps, clock, rank)
+    run = functools.partial(run_rounds, steps, clock, rank, together=together)
 
     def warm_round() -> float:
         begin = time.perf_counter()

@@ -52,6 +52,7 @@ examples:
   python bench/traffic_bench.py --quick --tp 2                     a small shape, in seconds
   python bench/traffic_bench.py --batch 2 --seq 64 --hidden 512 --ffn 2048 --tp 8 --dtype bf16
   python bench/traffic_bench.py --json out.json --plot out.png
+  python bench/traffic_bench.py --from out.json --plot out.png     the table and the plot again
 """
 SIZES = ("batch", "seq", "hidden", "ffn")
 
@@ -67,6 +68,7 @@ def build_parser() -> OneLineErrorParser:
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, metavar="N", help="calls of each case (default: 10; with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="a small shape, few repeats")
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="results", help="count nothing: what --json wrote")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw planned beside sent (.png, .pdf or .svg)")
     return parser
@@ -100,6 +102,18 @@ def _shape(args: argparse.Namespace, world_size: int) -> Shape:
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     shape = replace(named, **sizes, tp=world_size)
     return replace(shape, name="x".join(str(getattr(shape, name)) for name in SIZES)) if sizes else shape
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that --json wrote. Raises: ValueError: something else is in the file."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        table(rows)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} was not written by traffic_bench.py --json: {error!r}") from None
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -175,13 +189,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, command, _ = parser.parsed(arguments)
     try:
         wanted = settings_of(args, command)
-        if outside is None:
+        rows = [] if args.results is None else load(args.results)
+        if args.results is not None:
+            wanted = []
+        elif outside is None:
             network.run_alone(Path(__file__).resolve(), arguments)
-        network.start_loopback(outside)
+        else:
+            network.start_loopback(outside)
     except ValueError as error:
         parser.error(str(error))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # there is no other; the machine's own setting may name one
-    rows = []
     try:
         for settings in wanted:
             rows += ranks.run(measure, settings, settings.shape.tp, "cpu")

@@ -72,6 +72,7 @@ SHAPES = {
         Shape("decode", batch=64, seq=1, hidden=8192, ffn=28672, tp=8),
         Shape("medium", batch=2, seq=2048, hidden=4096, ffn=16384, tp=8),
         Shape("large", batch=4, seq=2048, hidden=8192, ffn=28672, tp=8),
+        Shape("wide", batch=8, seq=256, hidden=1536, ffn=6144, tp=4),
         Shape("small", batch=4, seq=64, hidden=256, ffn=1024, tp=2),
         Shape("tiny", batch=2, seq=8, hidden=64, ffn=128, tp=2),
     )
@@ -132,25 +133,43 @@ def own_tokens(problem: Problem, rank: int, world_size: int) -> Problem:
     return replace(problem, x=x.requires_grad_(), dy=dy)
 
 
+def reference(problem: Problem, mode: str, activation: str) -> dict[str, Tensor]:
+    """Return the full results in fp64: y, and in mode fwd_bwd dx, dw1, db1, dw2, db2."""
+    wide = {name: t.detach().double().requires_grad_(mode == "fwd_bwd") for name, t in problem.leaves().items()}
+    y = ffn_reference(**wide, activation=activation)
+    if mode == "fwd":
+        return {"y": y}
+    y.backward(problem.dy.double())
+    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in wide.items() if t.grad is not None}
+
+
+def own_part(
+    full: dict[str, Tensor],
+    problem: Problem,
+    activation: str,
+    rank: int,
+    world_size: int,
+    sequence_parallel: bool = False,
+    partitioning: str = "column_row",
+) -> dict[str, Tensor]:
+    """Return what rank must get of the full results of `reference`: gradients cut into shards; with sequence_parallel
+    y, dx and db2 of its tokens."""
+    found = dict(full)
+    if "dx" in full:
+        grads = (full["dw1"], full["db1"], full["dw2"], full["db2"])
+        own = shard_ffn(*grads, rank, world_size, activation=activation, partitioning=partitioning)
+        named = zip(("dw1", "db1", "dw2", "db2"), own, strict=True)
+        found |= {name: t for name, t in named if t is not None}
+    if sequence_parallel:
+        found |= {name: full[name].flatten(0, 1).chunk(world_size)[rank] for name in ("y", "dx") if name in full}
+        if "dx" in full:
+            found["db2"] = problem.dy.double().flatten(0, 1).chunk(world_size)[rank].sum(0)
+    return found
+
+
 def expected(
     problem: Problem, mode: str, activation: str, rank: int = 0, world_size: int = 1, sequence_parallel: bool = False
 ) -> dict[str, Tensor]:
-    """Return what rank must get, in fp64: y, and in mode fwd_bwd dx, dw1, db1, dw2, db2, cut into shards; with
-    sequence_parallel y, dx and db2 of its tokens."""
-    wide = {name: t.detach().double().requires_grad_(mode == "fwd_bwd") for name, t in problem.leaves().items()}
-    y = ffn_reference(**wide, activation=activation)
-
-    def part(t: Tensor) -> Tensor:
-        return t.flatten(0, 1).chunk(world_size)[rank] if sequence_parallel else t
-
-    if mode == "fwd":
-        return {"y": part(y)}
-    y.backward(problem.dy.double())
-    grads = {name: t.grad for name, t in wide.items() if t.grad is not None}
-    full = (grads["w1"], grads["b1"], grads["w2"], grads["b2"])
-    own = shard_ffn(*full, rank, world_size, activation=activation)
-    named = dict(zip(("dw1", "db1", "dw2", "db2"), own, strict=True))
-    found = {"y": part(y.detach()), "dx": part(grads["x"])} | {name: t for name, t in named.items() if t is not None}
-    if sequence_parallel:
-        found["db2"] = part(problem.dy.double()).sum(0)
-    return found
+    """Return what rank must get, in fp64; see `reference` and `own_part`."""
+    full = reference(problem, mode, activation)
+    return own_part(full, problem, activation, rank, world_size, sequence_parallel)

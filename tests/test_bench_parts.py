@@ -41,7 +41,7 @@ def test_eager_passes_the_gate_with_every_activation(dtype: str, activation: str
     reference = workloads.expected(own, "fwd_bwd", activation)
     for implementation in implementations.chosen(("unfused",), "cpu", dtype):
         step = steps.make_step(implementation.build(activation, False), own, None, "fwd_bwd", graph=False)
-        error, _ = measure._worst_error(step, reference, ALONE)
+        error, _ = measure.worst_error(step, reference, ALONE)
         assert 0 < error < measure.error_bound(dtype, activation) / 2
 
 
@@ -80,9 +80,35 @@ def test_rounds_interleave_and_each_implementation_leads_in_turn() -> None:
     assert "".join(clock.order) == "abc" + "bca" + "cab" + "abc"
     assert times["b"].ms == [2, 4, 9, 11]
     assert times["b"].comm_ms == times["b"].comm_ms_least == [1, 2, 4.5, 5.5]
+    assert times["b"].figures() == {
+        **{"ms_p20": pytest.approx(3.2), "ms_p50": 6.5, "ms_p80": pytest.approx(9.8)},
+        **{"compute_ms": 3.25, "exposed_ms": 3.25, "exposed_ms_least": 3.25},
+    }
     assert timing.rounds_within(10, (3, 50), lambda: 0.5, ALONE) == 20
     assert timing.rounds_within(10, (3, 50), lambda: 60, ALONE) == 3
     assert timing.rounds_within(10, (3, 50), lambda: 0, ALONE) == 50
+
+
+def test_a_backward_stays_behind_its_forward() -> None:
+    clock = FakeClock()
+    named: Any = {name: name for name in "aAbBcC"}
+    timing.run_rounds(named, clock, ALONE, 3, together=2)
+    assert "".join(clock.order) == "aAbBcC" + "bBcCaA" + "cCaAbB"
+
+
+def test_the_two_passes_of_a_step_are_the_whole_step() -> None:
+    own = workloads.shard(workloads.draw(TINY, "fp32", "gelu", ALONE.device), 0, 1, "gelu")
+    forward = implementations.IMPLEMENTATIONS["fused"].build("gelu", False)
+    whole = steps.Step(forward, own, None, "fwd_bwd")
+    whole()
+    wanted = {name: t.clone() for name, t in whole.outputs().items()}
+    passes = steps.passes_of(forward, own, None)
+    for step in passes.values():
+        step.reset()
+        step()
+    found = passes["forward"].outputs()
+    assert [*found] == [*wanted]
+    assert all(torch.equal(t, wanted[name]) for name, t in found.items())
 
 
 def test_flops_and_bytes_of_the_passes_by_hand() -> None:

@@ -147,6 +147,32 @@ def test_every_partitioning_computes_the_same(m, h, f, tp, activation, bias) -> 
         )
 
 
+@given(
+    tokens=st.integers(1, 9),
+    hidden=st.integers(1, 40),
+    ffn=st.integers(1, 40),
+    tp=st.integers(2, 9),
+    backward=st.booleans(),
+)
+def test_which_sends_least_follows_from_the_ratio_of_ffn_to_hidden(tokens, hidden, ffn, tp, backward) -> None:
+    """Forward + backward all send the same at F = H/2; above it column_row sends least, below it row_column. Forward
+    alone, column_column sends less than column_row below F = H."""
+
+    def sent(name: str) -> int:
+        plan = plan_ffn(1, tokens, 2 * hidden * tp, ffn * tp, tp, partitioning=name)
+        return sum(c.sent_total for c in plan.collectives if backward or c.pass_ == FORWARD)
+
+    by_name = {name: sent(name) for name in PARTITIONINGS}
+    least = min(by_name.values())
+    if backward:
+        assert by_name["column_row"] == least or ffn < hidden
+        assert by_name["row_column"] == least or ffn > hidden
+        assert (len({*by_name.values()}) == 1) == (ffn == hidden)
+    else:
+        assert by_name["row_row"] > by_name["column_row"]
+        assert (by_name["column_column"] < by_name["column_row"]) == (ffn < 2 * hidden)
+
+
 def test_one_rank_exchanges_nothing_however_it_is_split(capsys) -> None:
     plans = printed(capsys, *ANALYSED, "--tp", "1", "--partition", "all", "--json")
     assert [*plans] == [*PARTITIONINGS]

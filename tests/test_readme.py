@@ -44,8 +44,9 @@ def test_example_runs_as_written(tmp_path):
 
 
 def test_plan_command_gives_the_numbers_in_the_text():
-    command, sweep = re.findall(r"^    (python -m tpffn_triton plan .*)$", README, re.MULTILINE)
+    command, sweep, partitionings = re.findall(r"^    (python -m tpffn_triton plan .*)$", README, re.MULTILINE)
     assert "<- best" in run(sys.executable, *sweep.split()[1:])
+    assert "row_column: Linear1 row-parallel" in run(sys.executable, *partitionings.split()[1:])
     output = run(sys.executable, *command.split()[1:])
     for number in ("1,048,576", "1,572,864", "6,291,456"):
         assert number in README

@@ -133,6 +133,13 @@ def test_output_and_recorded_command(counted: Any) -> None:
     assert max(map(len, out.splitlines())) <= 140
 
 
+def test_drawn_again_from_its_file(counted: Any) -> None:
+    _, out, folder = counted
+    done = run(BENCH, "--from", folder / "out.json", "--plot", folder / "again.png")
+    assert (done.returncode, done.stdout) == (0, out)
+    assert (folder / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_socket_counts_what_it_sends() -> None:
     with contextlib.ExitStack() as opened:
         server = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -195,6 +202,8 @@ def refusal(capsys: Any, *arguments: str) -> str:
         (("--dtype=fp8",), "invalid choice: 'fp8'"),
         (("--plot=x.txt",), ".png, .pdf or .svg, got x.txt"),
         (("--json=/proc/no/x",), "cannot write /proc/no/x"),
+        (("--from=/proc/no/x",), "cannot read /proc/no/x"),
+        (("--from=pyproject.toml",), "pyproject.toml was not written by traffic_bench.py --json"),
         (("--quick", "--outside=x"), "unrecognized arguments: --outside=x"),
     ],
 )

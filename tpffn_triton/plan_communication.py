@@ -37,7 +37,7 @@ _AT_PRE_ACT: dict[Region, tuple[str, str]] = {
     ),
     regions.REDUCE_SCATTER: (
         "each rank has a partial sum of every feature, and the activation is not linear: the sums come before bias and "
-        "activation; Linear2 reads own features alone, so each rank gets those sums (an all-gather adds nothing)",
+        "activation; Linear2 reads own features alone, so each rank gets those sums (gathering would not add)",
         "row-parallel Linear1 made every feature, so its gradients need d_pre of every feature; a rank has its own",
     ),
     regions.REDUCE: (
