@@ -72,3 +72,11 @@ def ranks_of():
     yield pool
     for p in pools.values():
         p.close()
+
+
+@pytest.fixture(scope="module")
+def nccl_ranks():
+    """Two ranks over NCCL, with a GPU each."""
+    ranks = Ranks(2, "nccl")
+    yield ranks
+    ranks.close()

@@ -13,7 +13,8 @@ from rank_pool import use
 from torch import Tensor
 
 import tpffn_triton as tp
-from tpffn_triton.kernels.activations import halves
+from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
+from tpffn_triton.partitioned import partitioned_ffn
 from tpffn_triton.reference import ACTIVATIONS, ffn_reference
 from tpffn_triton.regions import (
     copy_to_tp_region,
@@ -58,6 +59,16 @@ def draw(lead, H, F, *, activation="gelu", dtype=torch.float32, device="cpu", bi
     return Problem(x, dy, w1, w2, b1, b2, activation)
 
 
+def small_integers(problem: Problem) -> Problem:
+    """Replace the values of a problem by their signs; gates move to ±128, where gelu is exactly identity or zero."""
+    for name in ("x", "dy", "w1", "w2", *(("b1", "b2") if problem.b1 is not None else ())):
+        setattr(problem, name, getattr(problem, name).sign())
+    if problem.activation in GATED_ACTIVATIONS:
+        F = problem.w2.shape[1]
+        problem.b1[:F] += 128 * (1 - 2 * (torch.arange(F, device=problem.b1.device) % 2)).to(problem.b1.dtype)
+    return problem
+
+
 def results(function, leaves, dy) -> tuple:
     """Return (y, dx, dw1, dw2, db1, db2) of y = function(x, w1, w2, b1, b2)."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
@@ -67,11 +78,13 @@ def results(function, leaves, dy) -> tuple:
 
 
 def ours(problem: Problem, rank=0, world_size=1, group=None, **options) -> tuple:
-    """Run tp.ffn on this rank's shards; with the option sequence_parallel on its tokens."""
+    """Run tp.ffn, or with the option partitioning partitioned_ffn, on this rank's shards; with the option
+    sequence_parallel on its tokens."""
     x, dy = tokens(problem, rank, world_size, options.get("sequence_parallel", False))
-    w1, b1, w2, b2 = shards(problem, rank, world_size)
+    w1, b1, w2, b2 = shards(problem, rank, world_size, options.get("partitioning", "column_row"))
+    ffn = partitioned_ffn if "partitioning" in options else tp.ffn
     return results(
-        lambda *t: tp.ffn(*t, activation=problem.activation, tp_group=group, **options), (x, w1, w2, b1, b2), dy
+        lambda *t: ffn(*t, activation=problem.activation, tp_group=group, **options), (x, w1, w2, b1, b2), dy
     )
 
 
@@ -92,6 +105,39 @@ def eager(problem: Problem, rank=0, world_size=1, group=None, sequence_parallel=
             lambda *t: ffn_reference(*t, activation=problem.activation), (problem.x, w1, w2, b1, b2), problem.dy
         )
     return results(function, (x, w1, w2, b1, b2), dy)
+
+
+def eager_partitioned(problem: Problem, world_size: int, partitioning: str, first: int = 0) -> tuple:
+    """Compute every rank's products in this process, by separate torch operations: chunks where ranks hold parts, sums,
+    from rank `first` on, and concatenations where they communicate. Returns full tensors."""
+    act, parts = ACTIVATIONS[problem.activation], halves(problem.activation)
+    linear1, linear2 = partitioning.split("_")
+
+    def cut(t, dim, parts=1):
+        if t is None:
+            return [None] * world_size
+        chunks = [half.chunk(world_size, dim) for half in t.chunk(parts, dim)]
+        return [torch.cat(own, dim) for own in zip(*chunks, strict=True)]
+
+    def total(terms):
+        return sum(terms[first + 1 :] + terms[:first], start=terms[first])
+
+    def linears(inputs, weights, biases):
+        return list(map(F.linear, inputs, weights, biases))
+
+    def function(x, w1, w2, b1, b2):
+        everywhere, nowhere = [x] * world_size, [None] * world_size
+        if linear1 == "column":
+            hidden = [act(z) for z in linears(everywhere, cut(w1, 0, parts), cut(b1, 0, parts))]
+        else:
+            pre_act = total(linears(cut(x, -1), cut(w1, 1), nowhere))
+            hidden = cut(act(pre_act if b1 is None else pre_act + b1), -1)
+        if linear2 == "row":
+            y = total(linears(hidden, cut(w2, 1), nowhere))
+            return y if b2 is None else y + b2
+        return torch.cat(linears([torch.cat(hidden, -1)] * world_size, cut(w2, 0), cut(b2, 0)), -1)
+
+    return results(function, problem.leaves(), problem.dy)
 
 
 def exact(problem: Problem, rank=0, world_size=1, sequence_parallel=False) -> tuple:
@@ -142,7 +188,8 @@ def tokens(problem: Problem, rank: int, world_size: int, sequence_parallel: bool
     return problem.x.chunk(parts)[rank % parts], problem.dy.chunk(parts)[rank % parts]
 
 
-def shards(problem: Problem, rank: int, world_size: int) -> tuple:
+def shards(problem: Problem, rank: int, world_size: int, partitioning: str = "column_row") -> tuple:
     """Return this rank's (w1, b1, w2, b2)."""
     p = problem
-    return shard_ffn(p.w1, p.b1, p.w2, p.b2, rank, world_size, activation=p.activation)
+    options = {"activation": p.activation, "partitioning": partitioning}
+    return shard_ffn(p.w1, p.b1, p.w2, p.b2, rank, world_size, **options)

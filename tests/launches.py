@@ -45,16 +45,23 @@ class CountCollectives(CommDebugMode):
     """torch's counter of collectives, told of the in-place all-reduce that it does not know, and of bytes.
 
     counts   name → [times, bytes that each rank gave to it]
+    calls    in order: (kind, elements of the full tensor)
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.comm_registry.add(torch.ops._c10d_functional.all_reduce_)
         self.bytes: Counter = Counter()
+        self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in self.comm_registry:
-            self.bytes[func.overloadpacket.__name__] += args[0].nbytes
+            name = func.overloadpacket.__name__
+            self.bytes[name] += args[0].nbytes
+            ranks = args[1] if name == "all_gather_into_tensor" else 1  # each gives its part
+            self.calls.append(
+                (name.removesuffix("_").removesuffix("_tensor").removesuffix("_into"), ranks * args[0].numel())
+            )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     @property

@@ -35,6 +35,7 @@ import mutants_of_communication
 import mutants_of_costs
 import mutants_of_kernels
 import mutants_of_package
+import mutants_of_partitionings
 import mutants_of_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,14 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-SOURCES = (mutants_of_kernels, mutants_of_package, mutants_of_communication, mutants_of_costs, mutants_of_ranks)
+SOURCES = (
+    mutants_of_kernels,
+    mutants_of_package,
+    mutants_of_partitionings,
+    mutants_of_communication,
+    mutants_of_costs,
+    mutants_of_ranks,
+)
 MUTANTS = [
     Mutant(name, file, *rest)
     for files in (source.MUTANTS for source in SOURCES)

@@ -144,7 +144,7 @@ MUTANTS = {
         ),
         (
             "finiteness of a slice compared",
-            "if not replicated and not _every_call:",
+            'if "x" not in replicated and not _every_call:',
             "if False:",
             "test_agreement.py -k finiteness",
         ),
@@ -160,7 +160,7 @@ MUTANTS = {
             "if _every_call:",
             FAULTS.format("values"),
         ),
-        ("bits of x never compared", '("x", "b2")', '("b2",)', FAULTS.format("values")),
+        ("bits of x never compared", 'if _every_call or name != "x"', 'if name != "x"', FAULTS.format("values")),
         (
             "bits of dy never compared",
             'digested = ("dy",) if replicated else ()',

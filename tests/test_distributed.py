@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, eager, exact, matches_reference, ours, shards
 from launches import CountCollectives, RecordOperators, count_launches
-from rank_pool import Ranks, use
+from rank_pool import use
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tpffn_triton as tp
@@ -28,13 +28,6 @@ WORLD_SIZES = [2, 4]
 def test_ranks_equal_the_unsharded_reference(world_size, activation, dtype, implementation, ranks_of):
     save = "nothing" if activation in ("silu", "geglu") else "pre_act"
     ranks_of(world_size).run(matches_reference, implementation, activation, dtype, {"save": save})
-
-
-@pytest.fixture(scope="module")
-def nccl_ranks():
-    ranks = Ranks(2, "nccl")
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.multi_gpu

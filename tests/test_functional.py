@@ -5,24 +5,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from acceptance import assert_accurate, assert_exact
-from ffn_cases import NAMES, assert_all_accurate, draw, eager, exact, ours, results
+from ffn_cases import NAMES, assert_all_accurate, draw, eager, exact, ours, results, small_integers
 from launches import RecordOperators, count_launches
 
 import tpffn_triton as tp
-from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.reference import ffn_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def small_integers(problem):
-    """Replace the values of a problem by their signs; gates move to ±128, where gelu is exactly identity or zero."""
-    for name in ("x", "dy", "w1", "w2", *(("b1", "b2") if problem.b1 is not None else ())):
-        setattr(problem, name, getattr(problem, name).sign())
-    if problem.activation in GATED_ACTIVATIONS:
-        F = problem.w2.shape[1]
-        problem.b1[:F] += 128 * (1 - 2 * (torch.arange(F, device=problem.b1.device) % 2)).to(problem.b1.dtype)
-    return problem
 
 
 @pytest.mark.parametrize("save", ["pre_act", "nothing"])

@@ -4,7 +4,7 @@ A rank whose arguments are wrong would otherwise raise alone and leave the other
 or dtype would abort the process or corrupt each other's data.
 
 when                                          what is compared, over the group's store
-the group's first call of a kind of layer     the call, b2's bits, which tensors are finite (slices of x may differ)
+the group's first call of a kind of layer     the call, biases' bits, which tensors are finite (not slices of x)
 a call other than the expected one            the call: its kind, x's shape, chunks, the backwards before it
 a backward more than is expected              its number, dy's shape
 within `comparing_every_call`                 as on a first call, and x's bits; in backward dy's shape and bits
@@ -110,12 +110,17 @@ def comparing_every_call() -> Iterator[None]:
 
 
 def agree(
-    group: dist.ProcessGroup, kind: LayerKind, chunks: int, replicated: bool, x: Tensor, *parameters: Tensor | None
+    group: dist.ProcessGroup,
+    kind: LayerKind,
+    chunks: int,
+    replicated: tuple[str, ...],
+    x: Tensor,
+    *parameters: Tensor | None,
 ) -> None:
     """Compare this call with the group's others where there is something new (the table above), else return at once.
 
     chunks        of y's rows, at most
-    replicated    x is the same on every rank, rather than a slice
+    replicated    which of x, b1 and b2 are the same on every rank, rather than a slice or a shard
     parameters    w1, w2, b1, b2
 
     Raises: ValueError: another rank rejected its arguments, or ranks differ; says who, and what each has.
@@ -134,10 +139,10 @@ def agree(
         facts[ANEW] = "compares anew"
     if _every_call or anew or kind not in agreed.kinds:
         named = dict(zip(("x", "w1", "w2", "b1", "b2"), (x, *parameters), strict=True))
-        if not replicated and not _every_call:
+        if "x" not in replicated and not _every_call:
             # One rank's tokens may overflow in fp16: a gradient scaler is to see it.
             del named["x"]
-        facts |= contents(named, ("x", "b2") if _every_call and replicated else ("b2",))
+        facts |= contents(named, tuple(name for name in replicated if _every_call or name != "x"))
     ranks = compare(group, facts)
     # Places must be the same on all ranks, so all forget them at the same time.
     if any(ANEW in theirs for theirs in ranks) or len(agreed.follows) >= MOST_PLACES:

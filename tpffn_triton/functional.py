@@ -115,7 +115,7 @@ def ffn(
         if call.reduce_dtype != dtype:
             options.append(f"reduce_dtype={call.reduce_dtype}")
         kind = LayerKind(w1.shape, dtype, x.device.type, tuple(options))
-        agree(comparing, kind, call.chunks, not sequence_parallel, x, w1, w2, b1, b2)
+        agree(comparing, kind, call.chunks, ("b2",) if sequence_parallel else ("x", "b2"), x, w1, w2, b1, b2)
     inputs = x, w1, w2, b1, b2, call
     if transforming():
         return reporting(group, TransformableFFN.apply, *inputs)

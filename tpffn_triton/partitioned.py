@@ -72,7 +72,8 @@ def partitioned_ffn(
     else:
         options = (activation, p.name, "no b1" if b1 is None else "b1", "no b2" if b2 is None else "b2")
         kind = LayerKind(w1.shape, dtype, x.device.type, options)
-        agree(group, kind, 1, True, x, w1, w2, b1, b2 if p.cuts["b2"] is None else None)
+        replicated = ("x", *(name for name, dim in p.cuts.items() if dim is None))
+        agree(group, kind, 1, replicated, x, w1, w2, b1, b2)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     return _PartitionedFFN.apply(x, w1, w2, b1, b2, _Call(p, activation, group, dtype, recorded))
 
@@ -90,8 +91,10 @@ class _Call:
         itself. Apart from `start`, so that t is free when that allocates."""
         if kind != "reduce_scatter" or self.group is None:
             return t
-        part = t.shape[1] // halves // self.group.size()
-        return t.view(t.shape[0], halves, -1, part).permute(2, 0, 1, 3).reshape(-1, halves * part)
+        ranks, (tokens, features) = self.group.size(), t.shape
+        parts = t.view(tokens, halves, ranks, features // halves // ranks)
+        # reshape does not copy a single token's single features.
+        return parts.permute(2, 0, 1, 3).reshape(ranks * tokens, features // ranks).contiguous()
 
     def start(self, kind: str | None, t: Tensor) -> Tensor:
         """Begin a collective; a reduce-scatter's t is laid out by rank."""
@@ -108,12 +111,15 @@ class _Call:
         result = wait(started)
         if kind != "all_gather":
             return result
-        tokens = result.shape[0] // self.group.size()
-        return result.view(-1, tokens, halves, result.shape[1] // halves).permute(1, 2, 0, 3).reshape(tokens, -1)
+        ranks, (rows, features) = self.group.size(), result.shape
+        parts = result.view(ranks, rows // ranks, halves, features // halves)
+        return parts.permute(1, 2, 0, 3).reshape(rows // ranks, ranks * features)
 
     def own_features(self, t: Tensor) -> Tensor:
         """Return this rank's part of the features of t [M, n]: a copy, which does not keep the whole alive."""
-        return t if self.group is None else t.chunk(self.group.size(), dim=1)[self.group.rank()].contiguous()
+        if self.group is None:
+            return t
+        return t.chunk(self.group.size(), dim=1)[self.group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 class _PartitionedFFN(torch.autograd.Function):
@@ -124,7 +130,8 @@ class _PartitionedFFN(torch.autograd.Function):
         y, saved = reporting(ctx.call.group, _forward, *inputs)
         if ctx.call.recorded:
             ctx.save_for_backward(*saved)
-        return y.view(ctx.shape)
+        # Not view: autograd refuses to modify a view in place, as `y += residual` does.
+        return torch.ops.aten._unsafe_view(y, ctx.shape)
 
     @staticmethod
     @once_differentiable
