@@ -17,7 +17,7 @@ from tpffn_triton.presets import machine
 
 Row = dict[str, Any]
 ANALYSED = (8, 128, 1024, 4096, 4)
-WORDS = {name: name.replace("_", "→") for name in PARTITIONINGS} | {ON_SLICES: "column→row on slices"}
+WORDS = {name: name.replace("_", "→") for name in PARTITIONINGS} | {ON_SLICES: "column→row, sequence-parallel"}
 MIB = 1 << 20
 SHOWN = (
     ("x", "x"),
