@@ -44,14 +44,14 @@ MUTANTS = {
         ),
         (
             "features gathered in another order of ranks",
-            "parts.permute(1, 2, 0, 3).reshape",
-            "parts.permute(1, 2, 0, 3).flip(2).reshape",
+            "parts.permute(1, 2, 0, 3)",
+            "parts.permute(1, 2, 0, 3).flip(2)",
             INTEGERS.format("column_column"),
         ),
         (
             "features scattered in another order of ranks",
-            "parts.permute(2, 0, 1, 3).reshape",
-            "parts.permute(2, 0, 1, 3).flip(0).reshape",
+            "parts.permute(2, 0, 1, 3)",
+            "parts.permute(2, 0, 1, 3).flip(0)",
             INTEGERS.format("column_column"),
         ),
         (
@@ -96,8 +96,25 @@ MUTANTS = {
             "    wait(dx)\n    dw1 = kernels.wgrad(",
             BEHIND.format("row_row"),
         ),
-        ("no tokens", "features // halves // ranks)", "-1)", SHAPES),
-        ("single features not copied", "features // ranks).contiguous()", "features // ranks)", SHAPES),
+        ("no tokens", "features // blocks // ranks)", "-1)", SHAPES),
+        (
+            "single features not copied",
+            ".contiguous().view(rows // ranks",
+            ".reshape(rows // ranks",
+            "test_partitioned.py -k 'one_feature and triton'",
+        ),
+        (
+            "ranks that record beside ranks that do not",
+            '(*options, "gradients" if recorded else "no gradients")',
+            "options",
+            HANGING.format("row_row and recorded"),
+        ),
+        (
+            "weights kept in autocast's dtype",
+            "kept, weights = x, (w1, w2)",
+            "kept, weights = x, (as_rows(w1, dtype), as_rows(w2, dtype))",
+            "test_partitioned.py -k 'like_any_operator and row_row'",
+        ),
         (
             "y is a view",
             "torch.ops.aten._unsafe_view(y, ctx.shape)",
@@ -197,8 +214,8 @@ MUTANTS = {
     "tpffn_triton/validation.py": [
         (
             "x of another width beside shards that fit",
-            "x is not None and x.shape[-1] != H\n    ):",
-            "False\n    ):",
+            "(x is None or x.shape[-1] == H) and all",
+            "all",
             HANGING.format("column_row and hidden"),
         ),
     ],

@@ -188,6 +188,43 @@ def test_any_shape_and_strides(partitioning, activation, lead, H, F, biases, lay
     ranks_of(2).run(any_shape, partitioning, activation, lead, H, F, biases, layouts)
 
 
+def one_feature(rank, world_size, implementation, partitioning):
+    """Parts of a single feature lie contiguously whatever their strides say, and kernels ask for the strides."""
+    use(implementation)
+    for activation in ("gelu", "geglu"):
+        for H, F in ((1, 1), (1, 3), (3, 1)):
+            problem = draw((3,), H * world_size, F * world_size, activation=activation)
+            mine = ours(problem, rank, world_size, dist.group.WORLD, partitioning=partitioning)
+            assert mine[0].is_contiguous()
+            for name, a, b in zip(
+                NAMES, joined(mine, world_size, activation, partitioning), exact(problem), strict=True
+            ):
+                torch.testing.assert_close(a, b.float(), msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("implementation", ["triton", "native"])
+@pytest.mark.parametrize("partitioning", PARTITIONINGS)
+def test_a_rank_may_have_one_feature(implementation, partitioning, ranks_of):
+    ranks_of(2).run(one_feature, implementation, partitioning)
+
+
+@pytest.mark.parametrize("partitioning", PARTITIONINGS)
+def test_compiled_around_it_runs_eagerly_and_transforms_are_refused(partitioning):
+    x, w1, w2 = torch.randn(3, 4), torch.randn(6, 4), torch.randn(4, 6)
+
+    def layer(x):
+        return partitioned_ffn(x * 1, w1, w2, partitioning=partitioning) + 1
+
+    torch._dynamo.reset()  # what is compiled belongs to the code, with and without fullgraph
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="partitioned_ffn is there to be compared"):
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"not for torch\.func's transforms"):
+        torch.func.vmap(layer)(x[None])
+
+
 def like_any_operator(rank, world_size, partitioning):
     """y may be changed in place; backward runs twice; a tensor without gradient changes no other's; nothing is saved
     without a gradient; autocast."""
@@ -214,9 +251,13 @@ def like_any_operator(rank, world_size, partitioning):
         assert torch.equal(partitioned_ffn(*leaves, **options), expected[0])
     assert not saved
     leaves = [t.detach().requires_grad_() for t in leaves]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         y = partitioned_ffn(*leaves, **options)
     assert y.dtype == torch.bfloat16
+    weights = {t.data_ptr() for t in leaves[1:3]}
+    assert weights <= {t.data_ptr() for t in saved}, "a copy in autocast's dtype is kept"
     gradients = torch.autograd.grad(y, leaves, problem.dy.bfloat16())
     for mine, right in zip((y.float(), *gradients), expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=0.05, atol=0.05 * right.abs().max().item())

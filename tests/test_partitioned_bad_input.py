@@ -58,6 +58,8 @@ def one_wrong_rank(rank, world_size, partitioning, fault):
             x, w1, b1, w2, b2 = (t.double() for t in (x, w1, b1, w2, b2))
         elif fault == "another activation":
             options["activation"] = "relu"
+        elif fault == "recorded":
+            w2 = w2.clone().requires_grad_()
         elif fault == "no b1":
             b1 = None
         elif fault == "no b2":
@@ -84,6 +86,7 @@ DISAGREEING = {
     "tokens": r"rank 0: x \[4, 2, 8\].*\n  rank 1: x \[3, 2, 8\]",
     "dtype": r"rank 0: .*torch.float32.*\n  rank 1: .*torch.float64",
     "another activation": r"rank 0: .*, gelu, NAME.*\n  rank 1: .*, relu, NAME",
+    "recorded": r"rank 0: .*, no gradients.*\n  rank 1: .*, gradients",
     "no b1": r"rank 0: .*, b1, .*\n  rank 1: .*, no b1, ",
     "no b2": r"rank 0: .*, b2.*\n  rank 1: .*, no b2",
     "another name": r"rank 0: .*, gelu, NAME, .*\n  rank 1: .*, gelu, (?!NAME)(row|column)_(row|column), ",

@@ -30,9 +30,11 @@ from tpffn_triton.collectives import resolve_group, start_all_gather, start_all_
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.partitionings import PARTITIONINGS, Partitioning, partitioning_of
 from tpffn_triton.passes import as_rows, as_vector
+from tpffn_triton.transforms import transforming
 from tpffn_triton.validation import check_activation, check_dtypes, check_partitioned_shapes
 
 
+@torch.compiler.disable(reason="partitioned_ffn is there to be compared; tpffn_triton.ffn compiles")
 def partitioned_ffn(
     x: Tensor,
     w1: Tensor,
@@ -52,11 +54,15 @@ def partitioned_ffn(
     w2, b2        Linear2 row-parallel: [H, F/P], [H]; column-parallel: [H/P, F], [H/P]
     tp_group      None (no parallelism: all four are the same), a ProcessGroup or a 1-D DeviceMesh
 
-    Ranks compare their arguments as those of `ffn` do. First derivatives; not for torch.compile and torch.func.
+    Ranks compare their arguments as those of `ffn` do. Backward computes and exchanges all gradients, wanted or not. Of
+    first order; eager, also where torch.compile surrounds it.
 
     Raises: TypeError, ValueError: arguments that do not fit, with their values, before any launch or collective.
-    CollectiveError: a collective failed, or a rank did not come to compare, within the group's timeout.
+    RuntimeError: under torch.func. CollectiveError: a collective failed, or a rank did not come to compare, within the
+    group's timeout.
     """
+    if transforming():
+        raise RuntimeError("partitioned_ffn is not for torch.func's transforms; tpffn_triton.ffn is")
     group = resolve_group(tp_group)
     try:
         p = partitioning_of(partitioning)
@@ -67,14 +73,14 @@ def partitioned_ffn(
         if group is not None:
             reject(group, error)
         raise
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     if group is None:
         p = PARTITIONINGS["column_row"]  # nothing is cut
     else:
         options = (activation, p.name, "no b1" if b1 is None else "b1", "no b2" if b2 is None else "b2")
-        kind = LayerKind(w1.shape, dtype, x.device.type, options)
+        kind = LayerKind(w1.shape, dtype, x.device.type, (*options, "gradients" if recorded else "no gradients"))
         replicated = ("x", *(name for name, dim in p.cuts.items() if dim is None))
         agree(group, kind, 1, replicated, x, w1, w2, b1, b2)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
     return _PartitionedFFN.apply(x, w1, w2, b1, b2, _Call(p, activation, group, dtype, recorded))
 
 
@@ -86,15 +92,14 @@ class _Call:
     dtype: torch.dtype  # to compute in
     recorded: bool  # backward may come
 
-    def by_rank(self, kind: str | None, t: Tensor, halves: int = 1) -> Tensor:
-        """Lay the features of t [M, halves · n] out by rank for a reduce-scatter, which cuts dim 0; each half is cut by
-        itself. Apart from `start`, so that t is free when that allocates."""
+    def by_rank(self, kind: str | None, t: Tensor, blocks: int = 1) -> Tensor:
+        """Lay the features of t [M, blocks · n] out by rank for a reduce-scatter, which cuts dim 0. Blocks, gate and
+        up, are cut each by itself. Apart from `start`, so that t is free when that allocates."""
         if kind != "reduce_scatter" or self.group is None:
             return t
         ranks, (tokens, features) = self.group.size(), t.shape
-        parts = t.view(tokens, halves, ranks, features // halves // ranks)
-        # reshape does not copy a single token's single features.
-        return parts.permute(2, 0, 1, 3).reshape(ranks * tokens, features // ranks).contiguous()
+        parts = t.view(tokens, blocks, ranks, features // blocks // ranks)
+        return parts.permute(2, 0, 1, 3).contiguous().view(ranks * tokens, features // ranks)
 
     def start(self, kind: str | None, t: Tensor) -> Tensor:
         """Begin a collective; a reduce-scatter's t is laid out by rank."""
@@ -104,7 +109,7 @@ class _Call:
             return start_all_gather(t.contiguous(), self.group)
         return (start_all_reduce if kind == "all_reduce" else start_reduce_scatter)(t, self.group)
 
-    def finish(self, kind: str | None, started: Tensor, halves: int = 1) -> Tensor:
+    def finish(self, kind: str | None, started: Tensor, blocks: int = 1) -> Tensor:
         """Return the result of a collective that `start` began."""
         if kind is None or self.group is None:
             return started
@@ -112,8 +117,8 @@ class _Call:
         if kind != "all_gather":
             return result
         ranks, (rows, features) = self.group.size(), result.shape
-        parts = result.view(ranks, rows // ranks, halves, features // halves)
-        return parts.permute(1, 2, 0, 3).reshape(rows // ranks, ranks * features)
+        parts = result.view(ranks, rows // ranks, blocks, features // blocks)
+        return parts.permute(1, 2, 0, 3).contiguous().view(rows // ranks, ranks * features)
 
     def own_features(self, t: Tensor) -> Tensor:
         """Return this rank's part of the features of t [M, n]: a copy, which does not keep the whole alive."""
@@ -146,13 +151,14 @@ def _forward(
     """Return y [M, H], and what backward needs: Linear1's input, w1, w2, pre_act, and hidden if it was gathered."""
     p, activation, dtype = call.partitioning, call.activation, call.dtype
     kernels = ops.kernels(x, w1, w2, b1, b2)
+    kept, weights = x, (w1, w2)  # not their copies in autocast's dtype
     x, w1, w2 = (as_rows(t, dtype) for t in (x, w1, w2))
     b1, b2 = as_vector(b1, dtype), as_vector(b2, dtype)
     # Each tensor is let go of before the next one is allocated.
     if p.linear1 == "column":
         hidden, pre_act = kernels.linear_act(x, w1, b1, activation, call.recorded)
     else:
-        x = call.own_features(x)
+        kept = x = call.own_features(x)
         kind, count = p.pre_act.forward, halves(activation)
         pre_act = call.start(kind, call.by_rank(kind, kernels.linear(x, w1, None), count))
         pre_act = call.finish(kind, pre_act, count)
@@ -167,7 +173,7 @@ def _forward(
     gathered = None if p.hidden.forward is None else hidden
     del hidden
     y = call.start(p.y.forward, y)
-    return call.finish(p.y.forward, y), (x, w1, w2, pre_act, gathered)
+    return call.finish(p.y.forward, y), (kept, *weights, pre_act, gathered)
 
 
 def _backward(
@@ -186,7 +192,7 @@ def _backward(
     if call.group is not None:
         agree_on_gradient(call.group, dy, True, True)
     kernels = ops.kernels(dy, x, w1, w2)
-    dy = as_rows(dy, call.dtype)
+    dy, x, w1, w2 = (as_rows(t, call.dtype) for t in (dy, x, w1, w2))
     if p.linear2 == "column":
         dy = call.own_features(dy)
     first = p.hidden.backward or p.pre_act.backward  # the exchange before Linear1's gradients, if there is one

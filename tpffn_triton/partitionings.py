@@ -25,6 +25,7 @@ The activation is not linear: partial sums of the pre-activation are added befor
 Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3, for the two kinds of linear and for column_row.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -58,7 +59,7 @@ class Partitioning:
     hidden: Region
     y: Region
 
-    @property
+    @functools.cached_property
     def cuts(self) -> dict[str, int | None]:
         """The dim of each parameter, in nn.Linear's layout, that is cut into P parts; None: every rank has it whole."""
         column1, column2 = self.linear1 == "column", self.linear2 == "column"

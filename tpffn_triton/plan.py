@@ -1,7 +1,7 @@
 """Work out shapes, FLOPs, bytes and communication of one tensor-parallel FFN layer, without running it.
 
     B, S  batch, seq; M = B·S tokens    H  hidden_size (`hidden`)    F  ffn_hidden_size (`ffn`)
-    P     tp, the world_size of the tensor-parallel group; F is divisible by P
+    P     tp, the world_size of the tensor-parallel group, which divides what is cut: F, in other partitionings H
     W     F/P; with a gated activation 2F/P: gate rows of w1 above up rows, gate columns of pre_act before up's
 
     x, y, dy, dx             [B, S, H]    replicated; partial_y, partial_dx: one rank's term of the sum

@@ -47,7 +47,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--batch", type=int, required=True, metavar="B", help="batch size")
     plan.add_argument("--seq", type=int, required=True, metavar="S", help="sequence length")
     plan.add_argument("--hidden", type=int, required=True, metavar="H", help="hidden_size of the model")
-    plan.add_argument("--ffn", type=int, required=True, metavar="F", help="ffn_hidden_size, divisible by P")
+    plan.add_argument("--ffn", type=int, required=True, metavar="F", help="ffn_hidden_size")
     ranks = plan.add_mutually_exclusive_group(required=True)
     ranks.add_argument("--tp", type=int, metavar="P", help="ranks of the tensor-parallel group")
     ranks.add_argument("--sweep", metavar="tp=P,...", help="predict several P instead; needs --link or --machine")
@@ -73,9 +73,12 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--partition",
         metavar="NAME,...",
-        help=f"of {', '.join(PARTITIONINGS)}; or all: side by side, and in JSON an object each, by name",
+        help=f"of {', '.join(PARTITIONINGS)}; or all: side by side, in JSON an object each, by name; with "
+        "--sequence-parallel also column_row_sequence_parallel",
     )
-    plan.add_argument("--explain", action="store_true", help="say why there is a collective, or none, at each point")
+    plan.add_argument(
+        "--explain", action="store_true", help="say why there is a collective, or none, at each point; JSON always does"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     cost = plan.add_argument_group("predicted time (docs/cost_model.md)")
     where = cost.add_mutually_exclusive_group()
@@ -118,7 +121,9 @@ def run(args: argparse.Namespace) -> str:
             for name, plan in plans.items()
             if where is not None
         }
-        return (_json if args.json else _text)(plans, predictions, where, args.explain)
+        if args.json:
+            return _json(plans, predictions, where)
+        return _text(plans, predictions, where, args.explain)
     if args.partition is not None or args.explain:
         raise ValueError("--sweep predicts column_row: it cannot go with --partition or --explain")
     assert where is not None  # --sweep needs it
@@ -136,12 +141,12 @@ def run(args: argparse.Namespace) -> str:
     return sweep.render_text(rows, where, title)
 
 
-def _json(plans: dict[str, FFNPlan], predictions: dict[str, Prediction], where: Machine | None, explain: bool) -> str:
+def _json(plans: dict[str, FFNPlan], predictions: dict[str, Prediction], where: Machine | None) -> str:
     objects = {name: plan.to_dict() for name, plan in plans.items()}
     for name, prediction in predictions.items():
         assert where is not None
         objects[name] |= {"predicted": prediction.to_dict(), **where.to_dict()}
-    return json.dumps(objects.get("", objects), indent=2)  # reasons are in it anyway
+    return json.dumps(objects.get("", objects), indent=2)
 
 
 def _text(plans: dict[str, FFNPlan], predictions: dict[str, Prediction], where: Machine | None, explain: bool) -> str:

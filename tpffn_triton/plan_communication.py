@@ -14,58 +14,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from tpffn_triton import partitionings as regions
-from tpffn_triton.partitionings import Partitioning, Region
+from tpffn_triton.partitionings import (
+    COPY,
+    GATHER,
+    JOIN,
+    KEEP,
+    REDUCE,
+    REDUCE_SCATTER,
+    SPLIT,
+    Partitioning,
+    Region,
+)
 from tpffn_triton.plan_records import Collective, NoCommunication, Overlap, Reason, Tensor
 from tpffn_triton.plan_schedule import Operation
 
 # What needs no collective there, forward and backward, and why; or why it needs the one it has.
 _AT_X: dict[Region, tuple[str, str]] = {
-    regions.COPY: (
+    COPY: (
         "x is whole on every rank, and a column-parallel Linear1 reads all of it",
         "each rank's features of d_pre give one term of dx: the terms are summed",
     ),
-    regions.SPLIT: (
+    SPLIT: (
         "x is whole on every rank, which takes the features that its w1 shard multiplies",
         "each rank has dx of its own features, and all ranks need all",
     ),
 }
 _AT_PRE_ACT: dict[Region, tuple[str, str]] = {
-    regions.KEEP: (
+    KEEP: (
         "a rank's output features are whole sums, so bias and activation apply to them at once",
         "Linear1's gradients need d_pre of the rank's own features, which it has",
     ),
-    regions.REDUCE_SCATTER: (
+    REDUCE_SCATTER: (
         "each rank has a partial sum of every feature, and the activation is not linear: the sums come before bias and "
         "activation; Linear2 reads own features alone, so each rank gets those sums (gathering would not add)",
         "row-parallel Linear1 made every feature, so its gradients need d_pre of every feature; a rank has its own",
     ),
-    regions.REDUCE: (
+    REDUCE: (
         "each rank has a partial sum of every feature, and the activation is not linear: the sums come before bias and "
         "activation; column-parallel Linear2 reads every feature",
         "d_pre is whole on every rank, as row-parallel Linear1's gradients need it",
     ),
 }
 _AT_HIDDEN: dict[Region, tuple[str, str]] = {
-    regions.KEEP: (
+    KEEP: (
         "a rank's features of the hidden are the input features of its w2 shard",
         "d_hidden of a rank's features needs its own w2 shard and all of dy, which it has",
     ),
-    regions.GATHER: (
+    GATHER: (
         "column-parallel Linear2 reads every feature, and a rank has its own (not an all-to-all: every rank needs all)",
         "each rank's output features give one term of d_hidden of every feature; a rank needs the sum for its own",
     ),
-    regions.COPY: (
+    COPY: (
         "the hidden is whole on every rank, as column-parallel Linear2 reads it",
         "each rank's output features give one term of d_hidden, of which every rank needs the sum for every feature",
     ),
 }
 _AT_Y: dict[Region, tuple[str, str]] = {
-    regions.REDUCE: (
+    REDUCE: (
         "each rank's input features give one term of y: the terms are summed",
         "dy is whole on every rank, and row-parallel Linear2's gradients read all of it",
     ),
-    regions.JOIN: (
+    JOIN: (
         "each rank has its own features of y, and all ranks need all",
         "dy is whole on every rank, which takes the features that its w2 shard made",
     ),
@@ -137,8 +146,8 @@ def reasons(p: Partitioning, sequence_parallel: bool) -> Iterator[Reason]:
         "y": (p.y, _AT_Y[p.y]),
     }
     if sequence_parallel:
-        at["x"] = (regions.GATHER, _AT_SLICES["x"])
-        at["y"] = (regions.REDUCE_SCATTER, _AT_SLICES["y"])
+        at["x"] = (GATHER, _AT_SLICES["x"])
+        at["y"] = (REDUCE_SCATTER, _AT_SLICES["y"])
     for name, (region, (why, _)) in at.items():
         yield Reason("forward", name, region.forward, why)
     for name, (region, (_, why)) in reversed(at.items()):

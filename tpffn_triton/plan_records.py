@@ -154,7 +154,7 @@ class FFNPlan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form: the arguments under `inputs`, every record list, and `totals`."""
+        """JSON-ready form: the arguments under `inputs`, how the layer is split, every record list, and `totals`."""
         record: dict[str, Any] = asdict(self, dict_factory=_json_object)
         del record["peak_bytes_forward"], record["peak_bytes_backward"]  # among the totals
         names = ("batch", "seq", "hidden", "ffn", "tp", "dtype", "activation", "bias", "save")

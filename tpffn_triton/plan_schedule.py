@@ -61,7 +61,7 @@ class Schedule:
         self.add(of.removeprefix("own_"), "all_gather", f"{of} -> {full}_by_rank", behind=behind)
 
     def joined(self, full: str) -> None:
-        self.add(full, "copy", f"{full}_by_rank -> {full}")
+        self.add(f"join_{full.removeprefix('full_')}", "copy", f"{full}_by_rank -> {full}")
 
 
 def schedule(
@@ -83,16 +83,16 @@ def _forward(s: Schedule, p: Partitioning, tp: int, kept: str, sequence_parallel
     if p.linear1 == "column":
         s.add("linear1", "linear_act", f"{x} w1 b1 -> hidden {kept}", f"{x} @ w1.T")
     else:
-        s.add("own_x", "copy", "x -> own_x")
+        s.add("split_x", "copy", "x -> own_x")
         s.add("linear1", "linear", "own_x w1 -> partial_pre_act", "own_x @ w1.T")
         if p.pre_act == REDUCE_SCATTER:
-            s.add("pre_act_by_rank", "copy", "partial_pre_act -> pre_act_by_rank")
+            s.add("order_pre_act", "copy", "partial_pre_act -> pre_act_by_rank")
             s.add("pre_act", "reduce_scatter", "pre_act_by_rank -> pre_act")
         else:
             s.add("pre_act", "all_reduce", "partial_pre_act -> pre_act")
         if "b1" not in s.absent:
-            s.add("pre_act", "add_bias", "pre_act b1 -> pre_act")
-        s.add("hidden", "activation", "pre_act -> hidden")
+            s.add("add_b1", "add_bias", "pre_act b1 -> pre_act")
+        s.add("act", "activation", "pre_act -> hidden")
     hidden = "hidden"
     if p.hidden == GATHER:
         s.gather_features("hidden", "full_hidden")
@@ -124,7 +124,7 @@ def _backward(s: Schedule, p: Partitioning, tp: int, recompute: bool, sequence_p
     if recompute:
         s.add("linear1_recompute", "linear_act", f"{x} w1 b1 -> pre_act hidden", f"{x} @ w1.T")
     if p.linear2 == "column":
-        s.add("own_dy", "copy", "dy -> own_dy")
+        s.add("split_dy", "copy", "dy -> own_dy")
 
     def gradients_of_linear2() -> None:
         s.add("dw2", "wgrad", f"{dy} {hidden} -> dw2", f"{dy}.T @ {hidden}")
@@ -143,13 +143,13 @@ def _backward(s: Schedule, p: Partitioning, tp: int, recompute: bool, sequence_p
     else:
         s.add("d_hidden", "dgrad", f"{dy} w2 -> partial_d_hidden", f"{dy} @ w2")
         if p.hidden == GATHER:
-            s.add("d_hidden_by_rank", "copy", "partial_d_hidden -> d_hidden_by_rank")
+            s.add("order_d_hidden", "copy", "partial_d_hidden -> d_hidden_by_rank")
             s.add("d_hidden", "reduce_scatter", "d_hidden_by_rank -> d_hidden", behind=("dw2", "db2"))
         else:
-            s.add("d_hidden", "all_reduce", "partial_d_hidden -> d_hidden", behind=("hidden", "dw2", "db2"))
-            s.add("hidden", "activation", "pre_act -> hidden")
+            s.add("d_hidden", "all_reduce", "partial_d_hidden -> d_hidden", behind=("act", "dw2", "db2"))
+            s.add("act", "activation", "pre_act -> hidden")
         gradients_of_linear2()
-        s.add("d_pre", "dact", f"d_hidden pre_act -> d_pre {'gate_act' if gated else ''}")
+        s.add("dact", "dact", f"d_hidden pre_act -> d_pre {'gate_act' if gated else ''}")
         s.add("db1", "column_sum", "d_pre -> db1")
     behind = ("dw1",) if early else ("dw2", "dw1", "db2")
     if p.x == SPLIT:

@@ -107,22 +107,19 @@ def check_partitioned_shapes(
 
     Raises: ValueError: shapes that do not fit, or a size that P does not divide.
     """
-    given = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    shapes = ", ".join(f"{name} {'None' if t is None else list(t.shape)}" for name, t in given.items())
-    if w1.dim() != 2 or w2.dim() != 2 or (x is not None and x.dim() < 1):
-        raise ValueError(f"{partitioning.name} expects x [..., H] and two matrices; got {shapes}")
-    # From w2, whose rows are never halves.
-    parts = [world_size if dim == partitioning.cuts["w2"] else 1 for dim in (0, 1)]
-    H, F = (size * count for size, count in zip(w2.shape, parts, strict=True))
-    fitting: dict[str, tuple[int, ...]] = partitioning.shard_shapes(H, F, world_size, halves(activation))
-    if any((t := given[name]) is not None and t.shape != shape for name, shape in fitting.items()) or (
-        x is not None and x.shape[-1] != H
-    ):
-        wanted = ", ".join(f"{name} {list(shape)}" for name, shape in fitting.items())
-        raise ValueError(
-            f"{partitioning.name} with {activation} over {world_size} ranks, by w2 H={H}, F={F}: expects "
-            f"x [..., {H}], {wanted}; got {shapes}"
-        )
+    given = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    problem = f"{partitioning.name} expects x [..., H] and two matrices"
+    if w1.dim() == w2.dim() == 2 and (x is None or x.dim() > 0):
+        # From w2, whose rows are never halves.
+        parts = [world_size if dim == partitioning.cuts["w2"] else 1 for dim in (0, 1)]
+        H, F = w2.shape[0] * parts[0], w2.shape[1] * parts[1]
+        fitting = partitioning.shard_shapes(H, F, world_size, halves(activation))
+        if (x is None or x.shape[-1] == H) and all(t is None or t.shape == fitting[name] for name, t in given.items()):
+            return
+        problem = f"{partitioning.name} with {activation} over {world_size} ranks, by w2 H={H}, F={F}: expects "
+        problem += f"x [..., {H}], " + ", ".join(f"{name} {list(shape)}" for name, shape in fitting.items())
+    shapes = {name: None if t is None else list(t.shape) for name, t in {"x": x, **given}.items()}
+    raise ValueError(f"{problem}; got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")
 
 
 def check_dtypes(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> torch.dtype:
