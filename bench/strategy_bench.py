@@ -27,13 +27,14 @@ import strategy_plot
 import strategy_report
 import torch
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
-from strategy_measure import SPLIT, STRATEGIES, UNSPLIT, Settings, Strategy, measure
+from strategy_measure import TIMED, Settings, measure, timed_on
 from workloads import DTYPES, SHAPES, Shape
 
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.machines import Machine
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
+from tpffn_triton.plan_comparison import Strategy
 from tpffn_triton.predict import predict
 
 DESCRIPTION = """\
@@ -127,13 +128,7 @@ def _cut(shape: Shape, p: int) -> Shape:
 def planned(row: Row, strategy: Strategy, machine: Machine) -> Row:
     """Return what is planned and predicted for a pass. Raises: ValueError: the machine does not say."""
     sizes = (row[name] for name in ("batch", "seq", "hidden", "ffn", "tp"))
-    plan = plan_ffn(
-        *sizes,
-        dtype=row["dtype"],
-        activation=row["activation"],
-        partitioning=strategy.partitioning,
-        sequence_parallel=strategy.sequence_parallel,
-    )
+    plan = plan_ffn(*sizes, dtype=row["dtype"], activation=row["activation"], **strategy.options)
     prediction, pass_ = predict(plan, machine), row["pass"]
     return {
         "predicted_ms": prediction.pass_us(pass_) / 1e3,
@@ -149,7 +144,7 @@ def check_machine(machine: Machine, wanted: dict[int, Settings]) -> None:
     for p, settings in wanted.items():
         for shape in settings.shapes:
             row = {**vars(shape), "dtype": settings.dtype, "activation": settings.activation, "pass": "forward"}
-            for strategy in (UNSPLIT,) if p == 1 else SPLIT:
+            for strategy in timed_on(p).values():
                 planned(row, strategy, machine)
 
 
@@ -166,7 +161,7 @@ def measured(wanted: dict[int, Settings], machine: Machine | None, device_type: 
     machine = machine or comm_fit.fit_machine([result["machine"] for result in found])
     rows = [row for result in found for row in result["rows"]]
     for row in rows:
-        row |= planned(row, STRATEGIES[row["strategy"]], machine)
+        row |= planned(row, TIMED[row["strategy"]], machine)
         row["ratio"] = row["predicted_ms"] / row["ms_p50"]
     shapes = [shape.name for settings in wanted.values() for shape in settings.shapes]
     rows.sort(key=lambda row: shapes.index(row["shape"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tpffn_triton.partitionings import PARTITIONINGS
@@ -14,6 +15,29 @@ from tpffn_triton.predict import PASSES, Prediction
 
 ON_SLICES = "column_row_sequence_parallel"
 WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A partitioning, and whether x and y are slices of the tokens; words are for people."""
+
+    words: str
+    partitioning: str = "column_row"
+    sequence_parallel: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options of plan_ffn."""
+        return {"partitioning": self.partitioning, "sequence_parallel": self.sequence_parallel}
+
+
+STRATEGIES = {
+    "column_row": Strategy("column→row"),
+    ON_SLICES: Strategy("column→row, sequence-parallel", sequence_parallel=True),
+    "row_row": Strategy("row→row", "row_row"),
+    "column_column": Strategy("column→column", "column_column"),
+    "row_column": Strategy("row→column", "row_column"),
+}
 
 
 def plan_partitionings(given: str, sizes: tuple[int, int, int, int, int], **options: Any) -> dict[str, FFNPlan]:
@@ -28,7 +52,7 @@ def plan_partitionings(given: str, sizes: tuple[int, int, int, int, int], **opti
         raise ValueError(f"sequence parallelism is column_row's: it cannot go with {', '.join(names)} alone")
     found = {name: plan_ffn(*sizes, partitioning=name, **options) for name in names}
     if on_slices:
-        found[ON_SLICES] = plan_ffn(*sizes, sequence_parallel=True, **options)
+        found[ON_SLICES] = plan_ffn(*sizes, **(STRATEGIES[ON_SLICES].options | options))
     return found
 
 
