@@ -196,6 +196,13 @@ def test_sequence_parallelism_beside_them(capsys) -> None:
     assert saved == {"column_row": 8, "row_row": 5, "column_column": 24, "row_column": 17, ON_SLICES: 5}
 
 
+def test_names_may_have_spaces_around_them(capsys) -> None:
+    assert [*printed(capsys, *ANALYSED, "--partition", "row_row, column_row ,row_row", "--json")] == [
+        "row_row",
+        "column_row",
+    ]
+
+
 def test_text_has_shapes_collectives_and_totals(capsys) -> None:
     text = printed(capsys, *ANALYSED, "--partition", "all", "--sequence-parallel", "--explain")
     assert text.isascii()

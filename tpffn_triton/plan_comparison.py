@@ -46,7 +46,7 @@ def plan_partitionings(given: str, sizes: tuple[int, int, int, int, int], **opti
 
     Raises: TypeError, ValueError: an unknown name, sequence_parallel without column_row, or as plan_ffn.
     """
-    names = (*PARTITIONINGS,) if given == "all" else tuple(dict.fromkeys(given.split(",")))
+    names = (*PARTITIONINGS,) if given == "all" else tuple(dict.fromkeys(name.strip() for name in given.split(",")))
     on_slices = options.pop("sequence_parallel", False)
     if on_slices and "column_row" not in names:
         raise ValueError(f"sequence parallelism is column_row's: it cannot go with {', '.join(names)} alone")
