@@ -26,7 +26,7 @@ import report
 import strategy_plot
 import strategy_report
 import torch
-from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
+from command_line import OneLineErrorParser, check_alone, check_writable, exit_with, names, say_written
 from strategy_measure import TIMED, Settings, measure, timed_on
 from workloads import DTYPES, SHAPES, Shape
 
@@ -148,13 +148,6 @@ def check_machine(machine: Machine, wanted: dict[int, Settings]) -> None:
                 planned(row, strategy, machine)
 
 
-def check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raises: ValueError: an argument that says what to measure, beside --from."""
-    for name in ("tp", "shapes", "dtype", "activation", "rounds", "threads", "machine", "quick"):
-        if getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--from measures nothing: it cannot go with --{name}")
-
-
 def measured(wanted: dict[int, Settings], machine: Machine | None, device_type: str, command: str) -> dict[str, Any]:
     """Start the ranks of each P; return what --json writes. Raises: RankFailed, ValueError: times that do not fit."""
     found = [ranks.run(measure, settings, p, device_type) for p, settings in wanted.items()]
@@ -180,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(missing)
         check_writable(args.json, args.csv, *drawn)
         if args.results is not None:
-            check_alone(parser, args)
+            check_alone(parser, args, ("json", "csv", "plots"))
             results = strategy_report.load(args.results)
         else:
             wanted = settings_of(args, device_type, command)

@@ -235,6 +235,8 @@ def test_expected_gradients_are_the_shards_of_the_whole(partitioning: str, activ
         (["--plots=/proc/no"], "cannot write /proc/no/strategy_time.png"),
         (["--from=nowhere.json"], "cannot read nowhere.json"),
         (["--from=nowhere.json", "--tp=2"], "--from measures nothing: it cannot go with --tp"),
+        (["--quick", "--from=nowhere.json"], "--from measures nothing: it cannot go with --quick"),
+        (["--from=nowhere.json", "--csv=/proc/no/x"], "cannot write /proc/no/x"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(arguments: list[str], shown: str, here: None, capsys: Any) -> None:
