@@ -10,14 +10,14 @@ import checkout  # noqa: F401
 
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
-from tpffn_triton.plan_comparison import ON_SLICES
+from tpffn_triton.plan_comparison import STRATEGIES
 from tpffn_triton.plan_records import FFNPlan
 from tpffn_triton.predict import PASSES, predict
 from tpffn_triton.presets import machine
 
 Row = dict[str, Any]
 ANALYSED = (8, 128, 1024, 4096, 4)
-WORDS = {name: name.replace("_", "→") for name in PARTITIONINGS} | {ON_SLICES: "column→row, sequence-parallel"}
+WORDS = {name: strategy.words for name, strategy in STRATEGIES.items()}
 MIB = 1 << 20
 SHOWN = (
     ("x", "x"),
@@ -66,10 +66,8 @@ def load(traffic: Path, strategy: Path) -> Results:
 
 
 def plan(name: str, sizes: Sequence[int] = ANALYSED, **options: Any) -> FFNPlan:
-    """Return a partitioning's plan, by its name."""
-    if name == ON_SLICES:
-        return plan_ffn(*sizes, sequence_parallel=True, **options)
-    return plan_ffn(*sizes, partitioning=name, **options)
+    """Return the plan of one of STRATEGIES, by its name."""
+    return plan_ffn(*sizes, **(STRATEGIES[name].options | options))
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -58,6 +58,13 @@ def check_writable(*paths: Path | None) -> None:
             raise ValueError(f"cannot write {path}: {'a directory' if path.is_dir() else 'no permission'}")
 
 
+def check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, outputs: Sequence[str]) -> None:
+    """Check that nothing goes with --from but where to write, `outputs`. Raises: ValueError: it does."""
+    for name, value in vars(args).items():
+        if name not in ("results", *outputs) and value != parser.get_default(name):
+            raise ValueError(f"--from measures nothing: it cannot go with --{name.replace('_', '-')}")
+
+
 def check_plot(path: Path | None) -> None:
     """Raises: ValueError: a suffix that matplotlib is not asked for here."""
     if path is not None and path.suffix not in PLOT_SUFFIXES:

@@ -26,14 +26,15 @@ import report
 import strategy_plot
 import strategy_report
 import torch
-from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
-from strategy_measure import SPLIT, STRATEGIES, UNSPLIT, Settings, Strategy, measure
+from command_line import OneLineErrorParser, check_alone, check_writable, exit_with, names, say_written
+from strategy_measure import TIMED, Settings, measure, timed_on
 from workloads import DTYPES, SHAPES, Shape
 
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.machines import Machine
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
+from tpffn_triton.plan_comparison import Strategy
 from tpffn_triton.predict import predict
 
 DESCRIPTION = """\
@@ -127,13 +128,7 @@ def _cut(shape: Shape, p: int) -> Shape:
 def planned(row: Row, strategy: Strategy, machine: Machine) -> Row:
     """Return what is planned and predicted for a pass. Raises: ValueError: the machine does not say."""
     sizes = (row[name] for name in ("batch", "seq", "hidden", "ffn", "tp"))
-    plan = plan_ffn(
-        *sizes,
-        dtype=row["dtype"],
-        activation=row["activation"],
-        partitioning=strategy.partitioning,
-        sequence_parallel=strategy.sequence_parallel,
-    )
+    plan = plan_ffn(*sizes, dtype=row["dtype"], activation=row["activation"], **strategy.options)
     prediction, pass_ = predict(plan, machine), row["pass"]
     return {
         "predicted_ms": prediction.pass_us(pass_) / 1e3,
@@ -149,15 +144,8 @@ def check_machine(machine: Machine, wanted: dict[int, Settings]) -> None:
     for p, settings in wanted.items():
         for shape in settings.shapes:
             row = {**vars(shape), "dtype": settings.dtype, "activation": settings.activation, "pass": "forward"}
-            for strategy in (UNSPLIT,) if p == 1 else SPLIT:
+            for strategy in timed_on(p).values():
                 planned(row, strategy, machine)
-
-
-def check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raises: ValueError: an argument that says what to measure, beside --from."""
-    for name in ("tp", "shapes", "dtype", "activation", "rounds", "threads", "machine", "quick"):
-        if getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--from measures nothing: it cannot go with --{name}")
 
 
 def measured(wanted: dict[int, Settings], machine: Machine | None, device_type: str, command: str) -> dict[str, Any]:
@@ -166,7 +154,7 @@ def measured(wanted: dict[int, Settings], machine: Machine | None, device_type: 
     machine = machine or comm_fit.fit_machine([result["machine"] for result in found])
     rows = [row for result in found for row in result["rows"]]
     for row in rows:
-        row |= planned(row, STRATEGIES[row["strategy"]], machine)
+        row |= planned(row, TIMED[row["strategy"]], machine)
         row["ratio"] = row["predicted_ms"] / row["ms_p50"]
     shapes = [shape.name for settings in wanted.values() for shape in settings.shapes]
     rows.sort(key=lambda row: shapes.index(row["shape"]))
@@ -185,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(missing)
         check_writable(args.json, args.csv, *drawn)
         if args.results is not None:
-            check_alone(parser, args)
+            check_alone(parser, args, ("json", "csv", "plots"))
             results = strategy_report.load(args.results)
         else:
             wanted = settings_of(args, device_type, command)

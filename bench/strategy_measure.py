@@ -30,47 +30,18 @@ from measure import error_bound, worst_error
 from ranks import Rank
 from steps import Step, passes_of
 from torch import Tensor
-from workloads import Problem, Shape
+from workloads import Shape
 
 from tpffn_triton.partitioned import partitioned_ffn
-from tpffn_triton.plan_comparison import ON_SLICES
+from tpffn_triton.plan_comparison import STRATEGIES, Strategy
+
+UNSPLIT = "unsplit"
+TIMED = {UNSPLIT: Strategy("unsplit")} | STRATEGIES
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A partitioning, and whether x and y are slices of the tokens; words are for people."""
-
-    name: str
-    words: str
-    partitioning: str
-    sequence_parallel: bool = False
-
-    def forward(self, activation: str) -> Forward:
-        """Return what computes it."""
-        if self.sequence_parallel:
-            return IMPLEMENTATIONS["fused"].build(activation, True)
-
-        def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
-            cut: dict[str, Any] = {"partitioning": self.partitioning, "tp_group": group}
-            return partitioned_ffn(x, w1, w2, b1, b2, activation=activation, **cut)
-
-        return forward
-
-    def own(self, full: Problem, rank: Rank, activation: str) -> Problem:
-        """Return this rank's part of the problem."""
-        own = workloads.shard(full, rank.rank, rank.world_size, activation, self.partitioning)
-        return workloads.own_tokens(own, rank.rank, rank.world_size) if self.sequence_parallel else own
-
-
-UNSPLIT = Strategy("unsplit", "unsplit", "column_row")
-SPLIT = (
-    Strategy("column_row", "column→row", "column_row"),
-    Strategy(ON_SLICES, "column→row, SP", "column_row", sequence_parallel=True),
-    Strategy("row_row", "row→row", "row_row"),
-    Strategy("column_column", "column→column", "column_column"),
-    Strategy("row_column", "row→column", "row_column"),
-)
-STRATEGIES = {strategy.name: strategy for strategy in (UNSPLIT, *SPLIT)}
+def timed_on(world_size: int) -> dict[str, Strategy]:
+    """Return what is timed on so many ranks."""
+    return {UNSPLIT: TIMED[UNSPLIT]} if world_size == 1 else STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -97,8 +68,8 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
     if settings.machine is not None:
         with torch.no_grad():  # comm_measure turns gradients off
             machine = comm_measure.measure(rank, settings.machine)
-    strategies = (UNSPLIT,) if rank.group is None else SPLIT
-    groups = {strategy.name: None if rank.group is None else dist.new_group() for strategy in strategies}
+    strategies = timed_on(rank.world_size)
+    groups = {name: None if rank.group is None else dist.new_group() for name in strategies}
     surroundings = environment.describe(rank) | {"command": settings.command}
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
@@ -110,7 +81,7 @@ def measure(rank: Rank, settings: Settings) -> dict[str, Any]:
 
 
 def _checked(
-    rank: Rank, settings: Settings, shape: Shape, strategies: tuple[Strategy, ...], groups: dict[str, Group]
+    rank: Rank, settings: Settings, shape: Shape, strategies: dict[str, Strategy], groups: dict[str, Group]
 ) -> tuple[dict[tuple[str, str], Step], dict[str, float], list[str]]:
     """Return the passes of every strategy that is right by (strategy, pass), the strategies' errors, and what is wrong
     with the others."""
@@ -121,9 +92,11 @@ def _checked(
     steps: dict[tuple[str, str], Step] = {}
     errors: dict[str, float] = {}
     refused = []
-    for s in strategies:
-        forward, group = s.forward(settings.activation), groups[s.name]
-        own = s.own(full, rank, settings.activation)
+    for name, s in strategies.items():
+        forward, group = _forward(s, settings.activation), groups[name]
+        own = workloads.shard(full, rank.rank, rank.world_size, settings.activation, s.partitioning)
+        if s.sequence_parallel:
+            own = workloads.own_tokens(own, rank.rank, rank.world_size)
         place = (rank.rank, rank.world_size, s.sequence_parallel, s.partitioning)
         expected = workloads.own_part(reference, full, settings.activation, *place)
         step = Step(forward, own, group, "fwd_bwd")
@@ -131,15 +104,26 @@ def _checked(
         if error <= bound:
             # Ranks compare the second call of a group as well, because a backward is before it.
             step()
-            errors[s.name] = error
-            steps |= {(s.name, pass_): step for pass_, step in passes_of(forward, own, group).items()}
+            errors[name] = error
+            steps |= {(name, pass_): step for pass_, step in passes_of(forward, own, group).items()}
         else:
             refused.append(
-                f"{s.name} ({shape.name}, P={rank.world_size}, {settings.dtype}) is wrong: {tensor} is off by "
+                f"{name} ({shape.name}, P={rank.world_size}, {settings.dtype}) is wrong: {tensor} is off by "
                 f"{error:.2g} (Frobenius, against fp64), allowed {bound:.2g}"
             )
             rank.say(f"refused: {refused[-1]}")
     return steps, errors, refused
+
+
+def _forward(strategy: Strategy, activation: str) -> Forward:
+    if strategy.sequence_parallel:
+        return IMPLEMENTATIONS["fused"].build(activation, True)
+
+    def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
+        cut: dict[str, Any] = {"partitioning": strategy.partitioning, "tp_group": group}
+        return partitioned_ffn(x, w1, w2, b1, b2, activation=activation, **cut)
+
+    return forward
 
 
 def _timed(

@@ -5,22 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import report
-from strategy_report import Row, shape_of, where
+from strategy_measure import TIMED, UNSPLIT
+from strategy_report import Row, shape_of, two_lines, where
 
 from tpffn_triton.plan_comparison import ON_SLICES
 from tpffn_triton.predict import PASSES
 
-NAMES = {
-    "unsplit": "unsplit",
-    "column_row": "column→row",
-    ON_SLICES: "column→row,\nsequence-parallel",
-    "row_row": "row→row",
-    "column_column": "column→column",
-    "row_column": "row→column",
-}
+NAMES = {name: "\n".join(filter(None, two_lines(name))) for name in TIMED}
 # Paul Tol's "bright" scheme: told apart with any colour vision.
 COLOURS = {
-    "unsplit": "#555555",
+    UNSPLIT: "#555555",
     "column_row": "#4477aa",
     ON_SLICES: "#66ccee",
     "row_row": "#228833",
@@ -137,7 +131,7 @@ def _scaling(plt: Any, rows: list[Row]) -> Any:
         axis.set_xticks(world_sizes, [str(p) for p in world_sizes])
         axis.set_title(shape_of(own[0]), fontsize=10)
         axis.grid(color="#e5e5e5", linewidth=0.6)
-        base = _both(own, "unsplit", 1)
+        base = _both(own, UNSPLIT, 1)
         if base is None:
             axis.annotate("not measured at P=1", (0.5, 0.5), xycoords="axes fraction", ha="center")
             continue

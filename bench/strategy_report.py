@@ -7,7 +7,7 @@ from typing import Any
 
 import checkout  # noqa: F401
 import report
-from strategy_measure import STRATEGIES
+from strategy_measure import TIMED
 
 from tpffn_triton.machines import Machine
 from tpffn_triton.predict import PASSES
@@ -28,6 +28,12 @@ def shape_of(row: Row) -> str:
     return "{shape}: B={batch} S={seq} H={hidden} F={ffn}".format(**row)
 
 
+def two_lines(strategy: str) -> tuple[str, str]:
+    """Return a strategy's words, broken where they have a comma."""
+    first, comma, second = TIMED[strategy].words.partition(", ")
+    return first + comma.rstrip(), second
+
+
 def where(row: Row) -> str:
     """Say over how many ranks, and what was computed."""
     group = f" ({row['collectives']})" if row["collectives"] else ""
@@ -44,7 +50,7 @@ def table(results: dict[str, Any]) -> str:
     for _, group in groupby(rows, key=lambda row: (row["shape"], row["tp"])):
         block = list(group)
         columns = {
-            "strategy": lambda r: STRATEGIES[r["strategy"]].words if r["pass"] == PASSES[0] else "",
+            "strategy": lambda r: two_lines(r["strategy"])[PASSES.index(r["pass"])],
             "pass": lambda r: r["pass"],
             "ms p50 [p20–p80]": lambda r: "{} [{}–{}]".format(*(report.ms(r[f"ms_p{p}"]) for p in (50, 20, 80))),
             "× col→row": lambda r: "" if r["times_column_row"] is None else f"{r['times_column_row']:.2f}",
@@ -73,7 +79,7 @@ def _notes(results: dict[str, Any]) -> str:
         "× col→row: over column→row's time of the same pass, by round. ratio: predicted over measured.",
         "exposed: computation stood still for a collective, on the rank that waits longest (least).",
         "compute: p50 less exposed. MiB sent: by all ranks in this pass, as planned.",
-        "SP: sequence parallelism, x and y are each rank's slice of the tokens; this one alone is ffn()'s own pass.",
+        "sequence-parallel: x and y are each rank's slice of the tokens; this one alone is ffn()'s own pass.",
         f"Predicted for {results['machine']['name']}.",
     ]
     most = rows[0]
@@ -96,6 +102,6 @@ def load(path: Path) -> dict[str, Any]:
     for row in results["rows"]:
         if missing := [name for name in FIELDS if not isinstance(row, dict) or name not in row]:
             raise ValueError(f"{path} has a row without {missing[0]}")
-        if row["strategy"] not in STRATEGIES:
-            raise ValueError(f"{path}: unknown strategy {row['strategy']!r}, one of {', '.join(STRATEGIES)}")
+        if row["strategy"] not in TIMED:
+            raise ValueError(f"{path}: unknown strategy {row['strategy']!r}, one of {', '.join(TIMED)}")
     return results

@@ -20,7 +20,7 @@ import network
 import ranks
 import report
 import traffic_plot
-from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, say_written
+from command_line import OneLineErrorParser, check_alone, check_plot, check_writable, exit_with, say_written
 from traffic_measure import Settings, measure, plans
 from workloads import SHAPES, Shape
 
@@ -188,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, command, _ = parser.parsed(arguments)
     try:
+        if args.results is not None:
+            check_alone(parser, args, ("json", "plot"))
         wanted = settings_of(args, command)
         rows = [] if args.results is None else load(args.results)
         if args.results is not None:

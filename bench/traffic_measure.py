@@ -19,6 +19,7 @@ Readings are taken between calls, while every rank waits: ranks meet over the gr
 and so sends nothing. Each case is called once before: connections open then, and layers compare their arguments.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,16 +39,12 @@ from workloads import DTYPES, Problem, Shape
 from tpffn_triton import ffn
 from tpffn_triton.group_store import GroupStore, store_of
 from tpffn_triton.partitioned import partitioned_ffn
-from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
-from tpffn_triton.plan_comparison import ON_SLICES
+from tpffn_triton.plan_comparison import STRATEGIES, Strategy
 from tpffn_triton.plan_records import Collective, FFNPlan
 
 TIMES_PLANNED = {"reduce_scatter": 2}  # what gloo's algorithm sends over what the plan's ring does, where it differs
 PASSES = ("forward", "backward")
-# Each layer's options, of its plan and of its call.
-LAYERS: dict[str, dict[str, Any]] = {name: {"partitioning": name} for name in PARTITIONINGS}
-LAYERS[ON_SLICES] = {"sequence_parallel": True}
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def plans(settings: Settings) -> dict[str, FFNPlan]:
     shape = settings.shape
     sizes = (shape.batch, shape.seq, shape.hidden, shape.ffn, shape.tp)
     return {
-        name: plan_ffn(*sizes, dtype=settings.dtype, activation=settings.activation, **options)
-        for name, options in LAYERS.items()
+        name: plan_ffn(*sizes, dtype=settings.dtype, activation=settings.activation, **strategy.options)
+        for name, strategy in STRATEGIES.items()
     }
 
 
@@ -117,21 +114,22 @@ def _cases(rank: Rank, settings: Settings) -> Iterator[Case]:
     yield Case("ring", "textbook ring", None, (of_y,), lambda: ring.all_reduce(y, group))
     full = workloads.draw(settings.shape, settings.dtype, settings.activation, rank.device)
     for name, plan in planned.items():
-        passes = _passes(rank, full, settings.activation, LAYERS[name])
+        passes = _passes(rank, full, settings.activation, STRATEGIES[name])
         for pass_, call in zip(PASSES, passes, strict=True):
             yield Case("layer", name, pass_, tuple(c for c in plan.collectives if c.pass_ == pass_), call)
 
 
-def _passes(rank: Rank, full: Problem, activation: str, options: dict[str, Any]) -> tuple[Callable, Callable]:
+def _passes(rank: Rank, full: Problem, activation: str, strategy: Strategy) -> tuple[Callable, Callable]:
     """Return a layer's forward, and its backward of the last forward that has had none."""
-    own = workloads.shard(full, rank.rank, rank.world_size, activation, options.get("partitioning", "column_row"))
-    layer = partitioned_ffn if "partitioning" in options else ffn
-    if "sequence_parallel" in options:
+    own = workloads.shard(full, rank.rank, rank.world_size, activation, strategy.partitioning)
+    layer = functools.partial(partitioned_ffn, partitioning=strategy.partitioning)
+    if strategy.sequence_parallel:
+        layer = functools.partial(ffn, sequence_parallel=True)
         own = workloads.own_tokens(own, rank.rank, rank.world_size)
     given = own.x, own.w1, own.w2, own.b1, own.b2
     outputs: list[Tensor] = []
     return (
-        lambda: outputs.append(layer(*given, activation=activation, tp_group=rank.group, **options)),
+        lambda: outputs.append(layer(*given, activation=activation, tp_group=rank.group)),
         lambda: outputs.pop().backward(own.dy),
     )
 

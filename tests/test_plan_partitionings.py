@@ -13,7 +13,7 @@ from tpffn_triton import __main__ as command
 from tpffn_triton.kernels.activations import ACTIVATIONS, halves
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
-from tpffn_triton.plan_comparison import ON_SLICES
+from tpffn_triton.plan_comparison import ON_SLICES, STRATEGIES
 from tpffn_triton.predict import predict
 from tpffn_triton.presets import machine
 
@@ -203,6 +203,13 @@ def test_sequence_parallelism_beside_them(capsys) -> None:
     assert saved == {"column_row": 8, "row_row": 5, "column_column": 24, "row_column": 17, ON_SLICES: 5}
 
 
+def test_names_may_have_spaces_around_them(capsys) -> None:
+    assert [*printed(capsys, *ANALYSED, "--partition", "row_row, column_row ,row_row", "--json")] == [
+        "row_row",
+        "column_row",
+    ]
+
+
 def test_text_has_shapes_collectives_and_totals(capsys) -> None:
     text = printed(capsys, *ANALYSED, "--partition", "all", "--sequence-parallel", "--explain")
     assert text.isascii()
@@ -273,3 +280,11 @@ def test_a_sweep_is_of_one_partitioning(capsys) -> None:
     sizes = ANALYSED[:-2]
     assert command.main(["plan", *sizes, "--sweep", "tp=1,2", "--link", "nvlink4", "--partition", "all"]) == 2
     assert "--sweep predicts column_row" in capsys.readouterr().err
+
+
+def test_strategies_are_the_partitionings_and_column_row_on_slices() -> None:
+    assert [*STRATEGIES][:2] == ["column_row", ON_SLICES]
+    options = {name: strategy.options for name, strategy in STRATEGIES.items()}
+    assert options.pop(ON_SLICES) == {"partitioning": "column_row", "sequence_parallel": True}
+    assert options == {name: {"partitioning": name, "sequence_parallel": False} for name in PARTITIONINGS}
+    assert len({strategy.words for strategy in STRATEGIES.values()}) == len(STRATEGIES)

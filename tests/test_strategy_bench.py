@@ -86,9 +86,7 @@ def test_planned_bytes_are_the_plans(spawned: SimpleNamespace) -> None:
     found = {(row["strategy"], row["pass"]): row["sent_bytes"] for row in spawned.rows}
     assert {key: found[key] for key in sent} == sent
     for row in spawned.rows:
-        strategy = strategy_measure.STRATEGIES[row["strategy"]]
-        cut = {"partitioning": strategy.partitioning, "sequence_parallel": strategy.sequence_parallel}
-        plan = plan_ffn(2, 8, 64, 128, row["tp"], **cut)
+        plan = plan_ffn(2, 8, 64, 128, row["tp"], **strategy_measure.TIMED[row["strategy"]].options)
         assert row["sent_bytes"] == sum(c.sent_total_bytes for c in plan.collectives if c.pass_ == row["pass"])
         assert row["saved_bytes"] == plan.totals["saved_bytes"]
         assert row["peak_bytes"] == plan.totals[f"peak_bytes_{row['pass']}"]
@@ -101,7 +99,9 @@ def test_table_and_plots_are_drawn_again_from_the_file(
     out = capsys.readouterr().out
     assert out == spawned.done.stdout
     assert max(map(len, out.splitlines())) <= 120
-    assert out.count("column→row, SP") == 1
+    lines = out.splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("column→row,"))
+    assert (lines[at].split()[1], lines[at + 1].split()[:2]) == ("forward", ["sequence-parallel", "backward"])
     assert "P=2 (gloo)" in out
     for name in strategy_plot.PLOTS:
         drawn = (tmp_path / "again" / name).read_bytes()
@@ -235,6 +235,8 @@ def test_expected_gradients_are_the_shards_of_the_whole(partitioning: str, activ
         (["--plots=/proc/no"], "cannot write /proc/no/strategy_time.png"),
         (["--from=nowhere.json"], "cannot read nowhere.json"),
         (["--from=nowhere.json", "--tp=2"], "--from measures nothing: it cannot go with --tp"),
+        (["--quick", "--from=nowhere.json"], "--from measures nothing: it cannot go with --quick"),
+        (["--from=nowhere.json", "--csv=/proc/no/x"], "cannot write /proc/no/x"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(arguments: list[str], shown: str, here: None, capsys: Any) -> None:

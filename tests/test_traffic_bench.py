@@ -204,6 +204,9 @@ def refusal(capsys: Any, *arguments: str) -> str:
         (("--json=/proc/no/x",), "cannot write /proc/no/x"),
         (("--from=/proc/no/x",), "cannot read /proc/no/x"),
         (("--from=pyproject.toml",), "pyproject.toml was not written by traffic_bench.py --json"),
+        (("--from=nowhere.json", "--tp=8"), "--from measures nothing: it cannot go with --tp"),
+        (("--dtype=bf16", "--from=nowhere.json"), "--from measures nothing: it cannot go with --dtype"),
+        (("--from=nowhere.json", "--json=/proc/no/x"), "cannot write /proc/no/x"),
         (("--quick", "--outside=x"), "unrecognized arguments: --outside=x"),
     ],
 )

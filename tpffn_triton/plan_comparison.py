@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tpffn_triton.partitionings import PARTITIONINGS
@@ -16,19 +17,42 @@ ON_SLICES = "column_row_sequence_parallel"
 WIDTH = 110
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A partitioning, and whether x and y are slices of the tokens; words are for people."""
+
+    words: str
+    partitioning: str = "column_row"
+    sequence_parallel: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options of plan_ffn."""
+        return {"partitioning": self.partitioning, "sequence_parallel": self.sequence_parallel}
+
+
+STRATEGIES = {
+    "column_row": Strategy("column→row"),
+    ON_SLICES: Strategy("column→row, sequence-parallel", sequence_parallel=True),
+    "row_row": Strategy("row→row", "row_row"),
+    "column_column": Strategy("column→column", "column_column"),
+    "row_column": Strategy("row→column", "row_column"),
+}
+
+
 def plan_partitionings(given: str, sizes: tuple[int, int, int, int, int], **options: Any) -> dict[str, FFNPlan]:
     """Plan each partitioning of "name,name" or "all", by name; sizes and options: plan_ffn's. With sequence_parallel
     column_row comes twice, without and with it.
 
     Raises: TypeError, ValueError: an unknown name, sequence_parallel without column_row, or as plan_ffn.
     """
-    names = (*PARTITIONINGS,) if given == "all" else tuple(dict.fromkeys(given.split(",")))
+    names = (*PARTITIONINGS,) if given == "all" else tuple(dict.fromkeys(name.strip() for name in given.split(",")))
     on_slices = options.pop("sequence_parallel", False)
     if on_slices and "column_row" not in names:
         raise ValueError(f"sequence parallelism is column_row's: it cannot go with {', '.join(names)} alone")
     found = {name: plan_ffn(*sizes, partitioning=name, **options) for name in names}
     if on_slices:
-        found[ON_SLICES] = plan_ffn(*sizes, sequence_parallel=True, **options)
+        found[ON_SLICES] = plan_ffn(*sizes, **(STRATEGIES[ON_SLICES].options | options))
     return found
 
 
