@@ -44,20 +44,27 @@ class Results:
     strategy: list[Row]
 
     def sent(self, case: str, pass_: str | None, tp: int, elements: int | None = None) -> Row:
-        """Return the row of one case; elements: of a collective."""
-        (found,) = (
+        """Return the row of one case; elements: of a collective. Raises: ValueError: no such row, or several."""
+        found = [
             row
             for row in self.traffic
             if (row["case"], row["pass"], row["tp"]) == (case, pass_, tp)
             and elements in (None, *(c["elements"] for c in row["planned"]))
-        )
-        return found
+        ]
+        return _only(found, "traffic", {"case": case, "pass": pass_, "tp": tp, "elements": elements})
 
     def timed(self, **which: Any) -> Row:
-        """Return the row whose fields are `which`; `pass` is written pass_."""
+        """Return the row whose fields are `which`; `pass` is written pass_. Raises: ValueError: none, or several."""
         wanted = {name.rstrip("_"): value for name, value in which.items()}
-        (found,) = (row for row in self.strategy if all(row[name] == value for name, value in wanted.items()))
-        return found
+        found = [row for row in self.strategy if all(row[name] == value for name, value in wanted.items())]
+        return _only(found, "strategy", wanted)
+
+
+def _only(found: list[Row], benchmark: str, which: Row) -> Row:
+    if len(found) != 1:
+        wanted = ", ".join(f"{name}={value}" for name, value in which.items() if value is not None)
+        raise ValueError(f"{benchmark} results have {len(found)} rows with {wanted}, one is expected")
+    return found[0]
 
 
 def load(traffic: Path, strategy: Path) -> Results:
@@ -249,7 +256,7 @@ def _gpu(_: Results) -> str:
 
 def _surroundings(results: Results) -> str:
     r = results.timed(strategy="column_row", shape="analysed", tp=4, pass_="forward")
-    t = results.traffic[0]
+    t = results.sent("textbook ring", None, 4)
     return (
         f"{r['cores']} cores of an {r['device']}, threads of a rank: {r['threads']}; over {r['collectives']}, "
         f"{r['activation']}, {r['dtype']}; torch {r['torch']}; commit {r['commit']} (times), {t['commit']} (bytes)."
