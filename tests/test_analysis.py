@@ -58,8 +58,39 @@ def test_the_tables_say_what_the_study_asks_for(results):
     for number in ("6 rounds, 1,572,864 a rank, 6,291,456 in all", "w1 1024×1024", "24.00 MiB by TCP"):
         assert number in claims
     # Linear1 forward and Linear2 backward: not a byte beside the all-reduce of y or dx.
-    assert claims.count("| 0 bytes beside that all-reduce |") == 2
-    assert "| 1/2 | 2 | 2 | 2 | 2 |" in analysis_tables.TABLES["ratios"](results)
+    for tensor in ("y", "dx"):
+        assert f"| the pass sends {tensor}'s all-reduce and 0 bytes more |" in claims
+    assert "four of these side by side, 8×128×4096: 0 such tensors" in claims
+    # The other two: a reduce-scatter of partial sums, an all-gather of the hidden; gloo's reduce-scatter sends twice.
+    row_row, column_column = claims.splitlines()[-2:]
+    assert "forward: reduce-scatter pre_act 4,194,304, all-reduce y 1,048,576; backward: all-gather d_pre" in row_row
+    assert "forward: all-gather hidden 4,194,304, all-gather y 1,048,576; backward: reduce-scatter" in column_column
+    forward, backward = re.search(r"\| ([\d.]+) \+ ([\d.]+) MiB by TCP \|$", row_row).groups()
+    assert (float(forward), float(backward)) == pytest.approx((120, 60), rel=1e-3)
+
+
+def test_ratios_are_those_of_the_features_sent(results):
+    """By hand, in units of the tensor's bytes sent once: column→row sends 2H + 2H; gated pre_act has 2F features."""
+    rows = {
+        name: {cells[0]: cells[1:] for cells in map(cells_of, analysis_tables.TABLES[name](results).splitlines()[2:])}
+        for name in ("ratios", "ratios_gated", "ratios_forward")
+    }
+    assert all([*found] == ["4", "1", "1/2", "1/3", "1/4", "1/16"] for found in rows.values())
+    assert rows["ratios"]["1/2"] == ["2", "2", "2", "2"]
+    assert rows["ratios_gated"]["1/2"] == ["2", "2.5", "2", "2.5"]
+    assert rows["ratios_gated"]["1/3"] == ["2", "2.17", "1.83", "2"]
+    assert rows["ratios_gated"]["1/4"] == ["2", "2", "1.75", "1.75"]
+    assert rows["ratios_forward"]["1"] == ["1", "1.5", "1", "1.5"]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_times_say_of_which_ranks_they_are(results):
+    table = analysis_tables.TABLES["times"](results)
+    row = results.timed(strategy="row_row", shape="analysed", tp=4, pass_="backward")
+    assert f"| {row['compute_ms']:.1f} | {row['exposed_ms']:.1f} ({row['exposed_ms_least']:.1f}) |" in table
 
 
 def test_results_are_of_the_analysed_model(results):
