@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,27 @@ class Results:
     strategy: list[Row]
 
     def sent(self, case: str, pass_: str | None, tp: int, elements: int | None = None) -> Row:
-        """Return the row of one case; elements: of a collective."""
-        (found,) = (
+        """Return the row of one case; elements: of a collective. Raises: ValueError: no such row, or several."""
+        found = [
             row
             for row in self.traffic
             if (row["case"], row["pass"], row["tp"]) == (case, pass_, tp)
             and elements in (None, *(c["elements"] for c in row["planned"]))
-        )
-        return found
+        ]
+        return _only(found, "traffic", {"case": case, "pass": pass_, "tp": tp, "elements": elements})
 
     def timed(self, **which: Any) -> Row:
-        """Return the row whose fields are `which`; `pass` is written pass_."""
+        """Return the row whose fields are `which`; `pass` is written pass_. Raises: ValueError: none, or several."""
         wanted = {name.rstrip("_"): value for name, value in which.items()}
-        (found,) = (row for row in self.strategy if all(row[name] == value for name, value in wanted.items()))
-        return found
+        found = [row for row in self.strategy if all(row[name] == value for name, value in wanted.items())]
+        return _only(found, "strategy", wanted)
+
+
+def _only(found: list[Row], benchmark: str, which: Row) -> Row:
+    if len(found) != 1:
+        wanted = ", ".join(f"{name}={value}" for name, value in which.items() if value is not None)
+        raise ValueError(f"{benchmark} results have {len(found)} rows with {wanted}, one is expected")
+    return found[0]
 
 
 def load(traffic: Path, strategy: Path) -> Results:
@@ -80,11 +88,14 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _by(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
 def _shapes(_: Results) -> str:
     plans = [{t.name: t.shape for t in plan(name).tensors} for name in PARTITIONINGS]
     rows = [
-        (meaning, *("×".join(map(str, tensors[name])) if name in tensors else "–" for tensors in plans))
-        for name, meaning in SHOWN
+        (meaning, *(_by(tensors[name]) if name in tensors else "–" for tensors in plans)) for name, meaning in SHOWN
     ]
     return markdown(("on each rank", *(f">{WORDS[name]}" for name in PARTITIONINGS)), rows)
 
@@ -138,33 +149,41 @@ def sent(p: FFNPlan, pass_: str) -> int:
     return sum(c.sent_total_bytes for c in p.collectives if c.pass_ == pass_)
 
 
-def _ratios(_: Results) -> str:
+def _sent_over_column_row(activation: str, passes: Sequence[str]) -> str:
     rows = []
-    for label, ffn in (("4", 4096), ("1", 1024), ("1/2", 512), ("1/4", 256), ("1/16", 64)):
-        plans = [plan(name, (8, 128, 1024, ffn, 4)) for name in PARTITIONINGS]
+    for ratio in (4, 1, Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(1, 16)):
+        sizes = (8, 128, 1536, int(1536 * ratio), 4)
+        plans = [plan(name, sizes, activation=activation) for name in PARTITIONINGS]
         unit = sent(plans[0], "forward")
-        rows.append(
-            (
-                label,
-                *(f"{sum(sent(p, pass_) for pass_ in PASSES) / unit:.3g}" for p in plans),
-                *(f"{sent(p, 'forward') / unit:.3g}" for p in plans),
-            )
-        )
-    names = [f">{WORDS[name]}" for name in PARTITIONINGS]
-    return markdown(("F/H", *names, *(f"{name}, forward" for name in names)), rows)
+        rows.append((ratio, *(f"{sum(sent(p, pass_) for pass_ in passes) / unit:.3g}" for p in plans)))
+    return markdown((f"F/H, {activation}", *(f">{WORDS[name]}" for name in PARTITIONINGS)), rows)
+
+
+def _ratios(_: Results) -> str:
+    return _sent_over_column_row("gelu", PASSES)
+
+
+def _ratios_gated(_: Results) -> str:
+    return _sent_over_column_row("swiglu", PASSES)
+
+
+def _ratios_forward(_: Results) -> str:
+    return _sent_over_column_row("gelu", PASSES[:1])
 
 
 def _claims(results: Results) -> str:
     p, tp, n = plan("column_row"), 4, 8 * 128 * 1024
-    shape = {t.name: "×".join(map(str, t.shape)) for t in p.tensors}
+    shape = {t.name: _by(t.shape) for t in p.tensors}
+    side_by_side = next((*t.shape[:-1], tp * t.shape[-1]) for t in p.tensors if t.name == "pre_act")
+    whole = sum(t.shape == side_by_side for t in p.tensors)
     y, dx = p.collectives
     reduced = results.sent("all_reduce", None, tp, n)["tcp_bytes"]
     ring = results.sent("textbook ring", None, tp)
     (ring_elements,) = {*ring["ring_elements_per_rank"]}
 
-    def wire(pass_: str) -> str:
-        beside = results.sent("column_row", pass_, tp)["tcp_bytes"] - reduced
-        return f"{beside:,.0f} bytes beside that all-reduce"
+    def wire(pass_: str, tensor: str) -> str:
+        more = results.sent("column_row", pass_, tp)["tcp_bytes"] - reduced
+        return f"the pass sends {tensor}'s all-reduce and {more:,.0f} bytes more"
 
     def all_reduce(c: Any) -> str:
         return f"all-reduce of {c.elements:,}: {c.rounds} rounds, {c.sent_per_rank:,} a rank, {c.sent_total:,} in all"
@@ -175,14 +194,38 @@ def _claims(results: Results) -> str:
     )
     gloo = f"gloo's all-reduce: {reduced / MIB:.2f} MiB"
     rows = [
-        ("1.1", "Linear1's shard", f"w1 {shape['w1']}, x {shape['x']}, pre_act {shape['pre_act']}", "–"),
+        (
+            "1.1",
+            "Linear1's shard",
+            f"w1 {shape['w1']}, x {shape['x']}, pre_act {shape['pre_act']}; four of these side by side, "
+            f"{_by(side_by_side)}: {whole} such tensors",
+            "–",
+        ),
         ("1.2", "Linear2's shard", f"w2 {shape['w2']}, hidden {shape['hidden']}, its term of y {shape['y']}", "–"),
-        ("2.1.1", "Linear1 forward: nothing", "no collective", wire("forward")),
+        ("2.1.1", "Linear1 forward: nothing", "no collective", wire("forward", y.tensor)),
         ("2.1.2", "Linear1 backward: all-reduce of dx", all_reduce(dx), ring_text + gloo),
         ("2.2.1", "Linear2 forward: all-reduce of y", all_reduce(y), "the same"),
-        ("2.2.2", "Linear2 backward: nothing", "no collective", wire("backward")),
+        ("2.2.2", "Linear2 backward: nothing", "no collective", wire("backward", dx.tensor)),
     ]
+    for number, name, claim in (
+        ("3.1", "row_row", "an all-gather between the layers"),
+        ("3.2", "column_column", "all-to-all or scatter, backward too"),
+    ):
+        rows.append((number, f"{WORDS[name]}: {claim}", _exchanged(plan(name)), _by_tcp(results, name, tp)))
     return markdown(("§", "claim", "planned, and counted on four ranks", "on the wire"), rows)
+
+
+def _exchanged(p: FFNPlan) -> str:
+    """Name every pass's collectives with their elements."""
+    by_pass = {
+        pass_: [f"{c.kind.replace('_', '-')} {c.tensor} {c.elements:,}" for c in p.collectives if c.pass_ == pass_]
+        for pass_ in PASSES
+    }
+    return "; ".join(f"{pass_}: {', '.join(collectives)}" for pass_, collectives in by_pass.items())
+
+
+def _by_tcp(results: Results, name: str, tp: int) -> str:
+    return " + ".join(f"{results.sent(name, pass_, tp)['tcp_bytes'] / MIB:.2f}" for pass_ in PASSES) + " MiB by TCP"
 
 
 def _wire(results: Results) -> str:
@@ -197,7 +240,7 @@ def _wire(results: Results) -> str:
             what = row["case"].replace("_", "-") if row["kind"] != "layer" else WORDS[row["case"]]
             detail = row["pass"] or f"of {row['planned'][0]['elements']:,}"
             rows.append((f"{what} {detail}", row["tp"], *cell(row)))
-    return markdown((f"{'one call'}", ">P", ">planned MiB", ">TCP MiB", ">ratio", ">wire MiB", ">packets"), rows)
+    return markdown(("one call", ">P", ">planned MiB", ">TCP MiB", ">ratio", ">wire MiB", ">packets"), rows)
 
 
 def _times(results: Results) -> str:
@@ -212,17 +255,17 @@ def _times(results: Results) -> str:
                     f"{r['ms_p50']:.1f} [{r['ms_p20']:.1f}–{r['ms_p80']:.1f}]",
                     f"{r['times_column_row']:.2f}",
                     f"{r['compute_ms']:.1f}",
-                    f"{r['exposed_ms']:.1f}",
+                    f"{r['exposed_ms']:.1f} ({r['exposed_ms_least']:.1f})",
                     f"{r['predicted_ms']:.1f}",
                     f"{r['ratio']:.2f}",
                 )
             )
-    headers = ("", "pass", ">ms p50 [p20–p80]", ">× column→row", ">compute", ">exposed", ">predicted", ">ratio")
-    return markdown(headers, rows)
+    headers = ("", "pass", ">ms p50 [p20–p80]", ">× column→row, by round", ">compute", ">exposed (least)")
+    return markdown((*headers, ">predicted", ">ratio"), rows)
 
 
 def _relative(results: Results) -> str:
-    """Forward + backward against column→row, every shape and P."""
+    """Forward + backward, the sum of both medians, against column→row's; every shape and P."""
     rows = []
     for shape, tp in dict.fromkeys((row["shape"], row["tp"]) for row in results.strategy if row["tp"] > 1):
         first = results.timed(strategy="column_row", shape=shape, tp=tp, pass_="forward")
@@ -233,7 +276,8 @@ def _relative(results: Results) -> str:
         sizes = "B={batch} S={seq} H={hidden} F={ffn}".format(**first)
         relative = (f"{ms[name] / ms['column_row']:.2f}" for name in [*WORDS][1:])
         rows.append((f"{shape}: {sizes}", tp, f"{ms['column_row']:.1f}", *relative))
-    return markdown(("forward + backward", ">P", ">column→row ms", *(f">× {WORDS[n]}" for n in [*WORDS][1:])), rows)
+    others = (f">{WORDS[name]}, times that" for name in [*WORDS][1:])
+    return markdown(("forward + backward", ">P", ">column→row's ms", *others), rows)
 
 
 def _gpu(_: Results) -> str:
@@ -249,7 +293,7 @@ def _gpu(_: Results) -> str:
 
 def _surroundings(results: Results) -> str:
     r = results.timed(strategy="column_row", shape="analysed", tp=4, pass_="forward")
-    t = results.traffic[0]
+    t = results.sent("textbook ring", None, 4)
     return (
         f"{r['cores']} cores of an {r['device']}, threads of a rank: {r['threads']}; over {r['collectives']}, "
         f"{r['activation']}, {r['dtype']}; torch {r['torch']}; commit {r['commit']} (times), {t['commit']} (bytes)."
@@ -262,6 +306,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "reasons": _reasons,
     "costs": _costs,
     "ratios": _ratios,
+    "ratios_gated": _ratios_gated,
+    "ratios_forward": _ratios_forward,
     "claims": _claims,
     "wire": _wire,
     "surroundings": _surroundings,

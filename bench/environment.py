@@ -55,6 +55,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def uncommitted_changes() -> list[str] | None:
+    """Return the changed files, a line each as `git status --porcelain` has them; None: not in a git checkout."""
+    changed = _git("status", "--porcelain")
+    return None if changed is None else changed.splitlines()
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -64,7 +70,7 @@ def _version(package: str) -> str | None:
 
 def describe(rank: Rank) -> dict[str, Any]:
     """Return the environment's fields of a row."""
-    changed = _git("status", "--porcelain")
+    changed = uncommitted_changes()
     return {
         "device": device_name(rank.device),
         "device_type": rank.device.type,

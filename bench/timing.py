@@ -115,7 +115,9 @@ class Times:
     comm_ms_least: list[float]
 
     def figures(self) -> dict[str, float]:
-        """Quantiles of ms, medians of exposed communication and of what is left of ms without it."""
+        """Quantiles of ms, each round's slowest rank's; median of exposed communication on the rank that waits longest
+        in a round, and least. compute_ms: ms_p50 less the former, of two ranks: the slowest may wait least.
+        """
         p20, p50, p80 = np.quantile(self.ms, (0.2, 0.5, 0.8)).tolist()
         exposed, least = float(np.median(self.comm_ms)), float(np.median(self.comm_ms_least))
         return {

@@ -4,7 +4,8 @@
     python bench/write_analysis.py                            tables and plots again, from the files it names
     python bench/write_analysis.py --check                    only say whether its tables are up to date
 
---measure runs bench/traffic_bench.py, then bench/strategy_bench.py. Tables stand in the document between
+--measure runs bench/traffic_bench.py, then bench/strategy_bench.py, on a tree without uncommitted changes: results
+name their commit. Tables stand in the document between
 
     <!-- table: NAME --> and <!-- end -->
 
@@ -13,14 +14,16 @@ and come from the plan and from the results' JSON (analysis_tables.py). Links to
 Exit status: 0, 1 something failed or, with --check, is not up to date, 2 wrong arguments.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import analysis_tables
+import environment
+from command_line import OneLineErrorParser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "analysis.md"
@@ -60,13 +63,13 @@ def _run(*command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineErrorParser(prog="write_analysis.py", description=__doc__)
     parser.add_argument("--results", type=Path, metavar="DIR", help="below bench/results (default: the document's)")
     parser.add_argument("--measure", action="store_true", help="measure into --results first")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     text = DOCUMENT.read_text(encoding="utf-8")
     try:
         folder = linked(text) if args.results is None else args.results.resolve()
@@ -74,6 +77,8 @@ def main() -> int:
             raise ValueError(f"--results must lie below bench/results, so that the document can link to it: {folder}")
         if args.measure and (args.results is None or args.check):
             raise ValueError("--measure needs --results, and cannot go with --check")
+        if args.measure and (changed := environment.uncommitted_changes()):
+            raise ValueError(f"--measure needs a tree without uncommitted changes, has {len(changed)}: {changed[0]}")
     except ValueError as error:
         parser.error(str(error))
     here = folder.relative_to(ROOT).as_posix()
