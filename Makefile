@@ -21,7 +21,7 @@ TRITON_36_STAMP := $(TRITON_36)/.ready-$(shell $(PYTHON) -c 'import sys; print(s
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) JOBS=$(JOBS)"
 	@echo "           PYTEST_FLAGS, MUTANTS_FLAGS, BENCH_FLAGS, GPU_FLAGS, RESULTS"
