@@ -27,7 +27,7 @@ MUTANTS = {
         (
             "db2 of all ranks' tokens",
             "kernels.column_sum(own_dy, wanted.dtypes[4])",
-            "kernels.column_sum(dy, wanted.dtypes[4])",
+            "kernels.column_sum(wait(_start_gather(own_dy, call)), wanted.dtypes[4])",
             SLICES,
         ),
         (
