@@ -183,7 +183,7 @@ MUTANTS = {
             "gate and up of a shard swapped",
             "return part.flatten(0, 1)",
             "return part.flip(0).flatten(0, 1)",
-            "test_module.py -k shard",
+            "test_partitionings.py -k inverts",
         ),
         (
             "gated rows cut as one block",
@@ -195,13 +195,13 @@ MUTANTS = {
             "shards of w2 cut along rows",
             "return part.flatten(0, 1)",
             "return part.roll(1, 2).flatten(0, 1) if name == 'w2' else part.flatten(0, 1)",
-            "test_module.py -k shard",
+            "test_partitionings.py -k inverts",
         ),
         (
             "shards of w2 joined in another order",
             "for t in parts], dim + 1)",
             "for t in parts[:: -1 if name == 'w2' else 1]], dim + 1)",
-            "test_module.py -k shard",
+            "test_partitionings.py -k inverts",
         ),
     ],
     "tpffn_triton/native.py": [

@@ -2,8 +2,6 @@
 
 import copy
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,34 +92,6 @@ def test_trains():
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@hypothesis.given(
-    H=st.integers(1, 9),
-    per_rank=st.integers(1, 5),
-    world_size=st.integers(1, 6),
-    b1=st.booleans(),
-    b2=st.booleans(),
-    activation=st.sampled_from(["gelu", "swiglu"]),
-)
-@hypothesis.settings(max_examples=60, deadline=None)
-def test_unshard_inverts_shard(H, per_rank, world_size, b1, b2, activation):
-    F = per_rank * world_size
-    halves = 2 if activation == "swiglu" else 1
-    full = (
-        torch.randn(halves * F, H),
-        torch.randn(halves * F) if b1 else None,
-        torch.randn(H, F),
-        torch.randn(H) if b2 else None,
-    )
-    shards = [shard_ffn(*full, rank, world_size, activation=activation) for rank in range(world_size)]
-    for w1, _, w2, _ in shards:
-        assert w1.shape == (halves * per_rank, H)
-        assert w2.shape == (H, per_rank)
-        assert w1.is_contiguous()
-        assert w2.is_contiguous()
-    for again, original in zip(unshard_ffn(shards, activation=activation), full, strict=True):
-        assert again is original is None or torch.equal(again, original)
 
 
 def test_partial_results_of_shards_add_up():

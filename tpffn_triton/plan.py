@@ -86,8 +86,8 @@ def plan_ffn(
     for name, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    _check_fit(PARTITIONINGS[partitioning], seq, hidden, ffn, tp, sequence_parallel, save)
     p = PARTITIONINGS[partitioning if tp > 1 else "column_row"]  # one rank has everything anyway
-    _check_fit(p, seq, hidden, ffn, tp, partitioning, sequence_parallel, save)
     gated = activation in GATED_ACTIVATIONS
     sequence_parallel = sequence_parallel and tp > 1
     absent = (() if bias else ("b1", "b2", "db1", "db2")) + (() if gated else ("gate_act",))
@@ -126,14 +126,12 @@ def plan_ffn(
     )
 
 
-def _check_fit(
-    p: Partitioning, seq: int, hidden: int, ffn: int, tp: int, partitioning: str, sequence_parallel: bool, save: str
-) -> None:
+def _check_fit(p: Partitioning, seq: int, hidden: int, ffn: int, tp: int, sequence_parallel: bool, save: str) -> None:
     for name in p.cut_sizes:
         size = {"hidden_size": hidden, "ffn_hidden_size": ffn}[name]
         short = name.split("_")[0]
         if size % tp:
-            which = "" if partitioning == "column_row" else f"; {partitioning} cuts it"
+            which = "" if p.name == "column_row" else f"; {p.name} cuts it"
             raise ValueError(
                 f"{short} must be divisible by tp, got {short}={size}, tp={tp} (remainder {size % tp}){which}"
             )
@@ -141,9 +139,9 @@ def _check_fit(
         raise ValueError(
             f"sequence_parallel: seq must be divisible by tp, got seq={seq}, tp={tp} (remainder {seq % tp})"
         )
-    if partitioning != "column_row" and (sequence_parallel or save != "pre_act"):
+    if p.name != "column_row" and (sequence_parallel or save != "pre_act"):
         raise ValueError(
-            f"sequence_parallel and save are for column_row: got partitioning={partitioning!r}, "
+            f"sequence_parallel and save are for column_row: got partitioning={p.name!r}, "
             f"sequence_parallel={sequence_parallel}, save={save!r}"
         )
 
