@@ -18,7 +18,7 @@ import report
 import torch
 from comm_fit import fit_machine
 from comm_measure import Settings, measure
-from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written, world_sizes
 from workloads import DTYPES
 
 from tpffn_triton.machines import Machine
@@ -68,12 +68,7 @@ def world_sizes_of(given: str | None, device_type: str) -> tuple[int, ...]:
         given = str(attached) if attached else "1,2,4" if not gpus else ",".join(
             str(1 << power) for power in range(gpus.bit_length())
         )  # fmt: skip
-    try:
-        found = tuple(sorted({int(p) for p in given.split(",")}))
-    except ValueError:
-        found = (0,)
-    if found[0] < 1:
-        raise ValueError(f"--tp takes P,P,... with every P at least 1, got {given!r}")
+    found = world_sizes(given, least=1)
     if found[-1] == 1:
         raise ValueError("--tp needs a P above 1: one rank has nobody to communicate with")
     if attached is not None and found != (attached,):

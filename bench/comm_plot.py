@@ -4,16 +4,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import figures
+
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Write the figure to path; its suffix chooses the format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(3.9 * len(kinds) + 0.6, 4.2), sharey=True, squeeze=False, layout="constrained"
@@ -42,8 +40,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.flat[0].set_ylabel("µs")
     axes.flat[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.write(figure, path)
 
 
 def _human(size: float) -> str:

@@ -5,12 +5,13 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+SIZES = {"batch": "batch B", "seq": "sequence length S", "hidden": "hidden_size H", "ffn": "full F"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -42,6 +43,28 @@ def names(given: str, known: Sequence[str], what: str) -> tuple[str, ...]:
     for name in found:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
+    return found
+
+
+def add_sizes(to: Any, defaults: Mapping[str, object]) -> None:
+    """Add a flag for each of a layer's sizes to a parser or a group; defaults: for the help alone."""
+    for name, meaning in SIZES.items():
+        to.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: {defaults[name]})")
+
+
+def given_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sizes that were given, by name."""
+    return {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+
+
+def world_sizes(given: str, least: int) -> tuple[int, ...]:
+    """Return every P of "1,2,4", ascending. Raises: ValueError: another form, or one below the least."""
+    try:
+        found = tuple(sorted({int(p) for p in given.split(",")}))
+    except ValueError:
+        found = (0,)
+    if found[0] < least:
+        raise ValueError(f"--tp takes P,P,... with every P at least {least}, got {given!r}")
     return found
 
 

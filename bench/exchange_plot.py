@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import figures
+
 _COMPUTE = {"linear_dact": "#4477aa", "dgrad": "#66ccee", "wgrad": "#228833", "column_sum": "#ccbb44"}
 _OTHER, _COLLECTIVE = "#bbbbbb", "#ee6677"
 
 
 def plot(timelines: dict[str, Any], about: dict[str, Any], path: Path) -> None:
     """Write the figure to path; its suffix (.png, .pdf, .svg) chooses the format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     figure, axes = plt.subplots(
         len(timelines), 1, figsize=(9, 1.3 * len(timelines) + 1.4), sharex=True, squeeze=False, layout="constrained"
     )
@@ -42,8 +40,7 @@ def plot(timelines: dict[str, Any], about: dict[str, Any], path: Path) -> None:
         f"{about['shape']} on {about['device']}, commit {about['commit']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.write(figure, path)
 
 
 def _kind(name: str) -> str:

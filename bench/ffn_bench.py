@@ -15,7 +15,16 @@ import checkout  # noqa: F401
 import ranks
 import report
 import torch
-from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written
+from command_line import (
+    OneLineErrorParser,
+    add_sizes,
+    check_plot,
+    check_writable,
+    exit_with,
+    given_sizes,
+    names,
+    say_written,
+)
 from implementations import IMPLEMENTATIONS, chosen
 from measure import Settings, measure
 from plot import plot
@@ -63,7 +72,6 @@ examples:
   python bench/ffn_bench.py --sequence-parallel --mode fwd_bwd
   torchrun --nproc-per-node 4 bench/ffn_bench.py --tp 4
 """
-SIZES = ("batch", "seq", "hidden", "ffn")
 
 
 def build_parser() -> OneLineErrorParser:
@@ -75,8 +83,7 @@ def build_parser() -> OneLineErrorParser:
         epilog=EPILOG,
     )
     what = parser.add_argument_group("what to measure")
-    for name, meaning in zip(SIZES, ("batch B", "sequence length S", "hidden_size H", "full F"), strict=True):
-        what.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: {getattr(analysed, name)})")
+    add_sizes(what, vars(analysed))
     what.add_argument("--tp", type=int, metavar="P", help=f"ranks (default: {analysed.tp}, or the named shape's)")
     what.add_argument("--shapes", metavar="NAME,...", help="named shapes, below, in place of sizes")
     what.add_argument(
@@ -100,7 +107,7 @@ def build_parser() -> OneLineErrorParser:
 
 
 def _shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = given_sizes(args)
     tp = {} if args.tp is None else {"tp": args.tp}
     if args.shapes is None:
         shape = replace(SHAPES["analysed"], **sizes, **tp)

@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import figures
 from report import Row
 
 _COLUMNS = 3
@@ -12,11 +13,7 @@ _COMPUTE, _COMMUNICATION = "#4477aa", "#ee6677"
 
 def plot(rows: list[Row], path: Path) -> None:
     """Write the figure to path; its suffix (.png, .pdf, .svg) chooses the format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     panels = [list(group) for _, group in groupby(rows, key=lambda r: (r["shape"], r["dtype"], r["mode"]))]
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
@@ -35,8 +32,7 @@ def plot(rows: list[Row], path: Path) -> None:
     commit = f"\ncommit {first['commit']}" if first["commit"] else ""
     figure.suptitle(f"Tensor-parallel FFN on {first['device']}{commit}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.write(figure, path)
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

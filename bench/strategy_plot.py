@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 import report
 from strategy_measure import TIMED, UNSPLIT
 from strategy_report import Row, shape_of, two_lines, where
@@ -29,16 +30,10 @@ _PANEL = 4.2  # inches
 
 def plot(rows: list[Row], paths: Sequence[Path]) -> None:
     """Write to each path the plot that its name, one of PLOTS, asks for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     with plt.rc_context(_STYLE):
         for path in paths:
-            figure = PLOTS[path.name](plt, rows)
-            figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
-            plt.close(figure)
+            figures.write(PLOTS[path.name](plt, rows), path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _time(plt: Any, rows: list[Row]) -> Any:

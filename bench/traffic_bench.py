@@ -20,7 +20,18 @@ import network
 import ranks
 import report
 import traffic_plot
-from command_line import OneLineErrorParser, check_alone, check_plot, check_writable, exit_with, say_written
+from command_line import (
+    SIZES,
+    OneLineErrorParser,
+    add_sizes,
+    check_alone,
+    check_plot,
+    check_writable,
+    exit_with,
+    given_sizes,
+    say_written,
+    world_sizes,
+)
 from traffic_measure import Settings, measure, plans
 from workloads import SHAPES, Shape
 
@@ -54,15 +65,13 @@ examples:
   python bench/traffic_bench.py --json out.json --plot out.png
   python bench/traffic_bench.py --from out.json --plot out.png     the table and the plot again
 """
-SIZES = ("batch", "seq", "hidden", "ffn")
 
 
 def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(prog="traffic_bench.py", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--shape", choices=[*SHAPES], help="(default: analysed; with --quick small)")
-    for name, meaning in zip(SIZES, ("batch B", "sequence length S", "hidden_size H", "full F"), strict=True):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the shape's)")
+    add_sizes(parser, dict.fromkeys(SIZES, "the shape's"))
     parser.add_argument("--tp", default="2,4", metavar="P,...", help="ranks (default: %(default)s)")
     parser.add_argument("--dtype", choices=[*DTYPE_BYTES], default="fp32", help="(default: %(default)s)")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default: %(default)s)")
@@ -78,12 +87,7 @@ def settings_of(args: argparse.Namespace, command: str) -> list[Settings]:
     """Return what to count, for each P. Raises: ValueError: arguments that do not fit."""
     if ranks.attached_world_size() is not None:
         raise ValueError("it starts its ranks itself, in a network namespace of their own: run it without torchrun")
-    try:
-        world_sizes = sorted({int(p) for p in args.tp.split(",")})
-    except ValueError:
-        world_sizes = [0]
-    if world_sizes[0] < 2:
-        raise ValueError(f"--tp takes P,P,... with every P at least 2, got {args.tp!r}: one rank sends nothing")
+    every_p = world_sizes(args.tp, least=2)  # one rank sends nothing
     repeats = (2 if args.quick else 10) if args.repeats is None else args.repeats
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
@@ -91,7 +95,7 @@ def settings_of(args: argparse.Namespace, command: str) -> list[Settings]:
         raise ValueError(missing)
     check_writable(args.json, args.plot)
     check_plot(args.plot)
-    wanted = [Settings(_shape(args, p), args.dtype, args.activation, repeats, command) for p in world_sizes]
+    wanted = [Settings(_shape(args, p), args.dtype, args.activation, repeats, command) for p in every_p]
     for settings in wanted:
         plans(settings)
     return wanted
@@ -99,7 +103,7 @@ def settings_of(args: argparse.Namespace, command: str) -> list[Settings]:
 
 def _shape(args: argparse.Namespace, world_size: int) -> Shape:
     named = SHAPES[args.shape or ("small" if args.quick else "analysed")]
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = given_sizes(args)
     shape = replace(named, **sizes, tp=world_size)
     return replace(shape, name="x".join(str(getattr(shape, name)) for name in SIZES)) if sizes else shape
 

@@ -5,6 +5,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import figures
+
 _BARS = (
     ("planned_bytes", "planned: the ring's tensor bytes", "#bbbbbb"),
     ("tcp_bytes", "sent: TCP payload of all ranks", "#4477aa"),
@@ -15,11 +17,7 @@ _HEIGHT = 0.27
 
 def plot(rows: list[dict[str, Any]], title: Callable[[dict[str, Any]], str], path: Path) -> None:
     """Write the figure to path; its suffix (.png, .pdf, .svg) chooses the format. title: names a row's bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     panels = [list(group) for _, group in groupby((r for r in rows if r["planned"]), key=lambda r: r["tp"])]
     figure, axes = plt.subplots(
         1,
@@ -55,5 +53,4 @@ def plot(rows: list[dict[str, Any]], title: Callable[[dict[str, Any]], str], pat
         f"{first['dtype']}, {first['activation']}, commit {first['commit']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.write(figure, path)
