@@ -126,7 +126,10 @@ _OWN_ODD_STRIDES = {
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# Work that can be one launch or several is one up to so many tiles a processor: launching, filling and draining the GPU
+# costs about a wave of tiles, whatever their number. An estimate; not measured.
+MOST_WAVES = {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 0}
 
 
 @lru_cache
@@ -158,6 +161,11 @@ def odd_strides(kernel: str, arithmetic: str) -> Config:
     return _OWN_ODD_STRIDES.get((kernel, arithmetic), _ODD_STRIDES[arithmetic])
 
 
+def in_one_launch(arch: str, tiles: int) -> bool:
+    """Say whether what could be several launches, of so many tiles the largest, is one."""
+    return tiles <= MOST_WAVES[arch] * PROCESSORS[arch]
+
+
 def select(kernel: str, like, rows: int, cols: int) -> Config:
     """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`.
 
@@ -169,6 +177,6 @@ def select(kernel: str, like, rows: int, cols: int) -> Config:
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M
         tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(cols, config.BLOCK_N)
-        if not tall and tiles >= 0.75 * _PROCESSORS[arch]:
+        if not tall and tiles >= 0.75 * PROCESSORS[arch]:
             return config
     return table[-1]
