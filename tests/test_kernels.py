@@ -1,6 +1,5 @@
 """Every kernel by itself: each activation, dtype and configuration row, against eager and fp64."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
