@@ -1,9 +1,11 @@
-"""What the assembler made of a compiled kernel: registers, spills, and the instructions of its K loop."""
+"""What the assembler made of a compiled kernel: registers, spills, the instructions of its K loop, its atomics; and
+whether what its programs publish to each other reaches them (ptx_lint.py)."""
 
 import re
 import subprocess
 import tempfile
 
+from ptx_lint import lint
 from triton import knobs
 
 # Bytes a program may use. sm_80's rows also serve sm_86, sm_89 and sm_120, which have less than the A100.
@@ -13,6 +15,11 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 # Both vendors' atomics, but for the bits in shared memory with which Blackwell hands out tensor memory.
 ATOMICS = r"\b(?:ATOMG?|ATOMS(?!\.(?:AND|OR)\b)|REDG?|UTMAREDG|UBLKRED)\b|\b(?:global|buffer|flat)_atomic_"
+
+# The instructions with which the single launch counts: a ticket taken and the tickets reset, a row block seen and its
+# counter reset; a tile published; and the poll, which is a load.
+COUNTING = {"relaxed": 4, "releases": 1, "acquires": 1}
+SILENT = dict.fromkeys(COUNTING, 0)
 
 
 def count_atomics(assembly: str) -> int:
@@ -58,15 +65,19 @@ def _problems(report: dict, arch: str, counting: bool) -> list[str]:
         problems.append(f"spills: {report['stack']} bytes of stack, {report['spills']} instructions")
     if report["shared"] > SHARED_LIMIT[arch]:
         problems.append(f"{report['shared']} bytes of shared memory exceed {SHARED_LIMIT[arch]}")
-    if report["atomics"] and not counting:
-        problems.append(f"{report['atomics']} atomic instructions")
+    expected = COUNTING["relaxed"] + COUNTING["releases"] if counting else 0
+    if report["atomics"] != expected:
+        problems.append(f"atomic instructions: {report['atomics']}, not {expected}")
+    if report["float_atomics"]:
+        problems.append(f"atomic instructions on floating point: {report['float_atomics']}")
     return problems
 
 
 def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, counting: bool = False) -> dict:
-    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it; counting: it may
-    use atomics."""
+    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it; counting: its
+    programs count, as those of the single launch do."""
     registers, stack, sass = _disassemble(compiled.asm["cubin"])
+    linted = lint(compiled.asm["ptx"])
 
     def count(pattern, text):
         return len(re.findall(rf"\b{pattern}", text))
@@ -83,8 +94,13 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, count
         "tensor_core": count(tensor_core, loop),
         "async_copy": count(copy, loop) if copy else 0,
         "atomics": count_atomics(sass),
+        "float_atomics": linted.float_atomics,
     }
-    problems = _problems(report, arch, counting)
+    problems = _problems(report, arch, counting) + linted.findings
+    expected = COUNTING if counting else SILENT
+    found = {kind: getattr(linted, kind) for kind in expected}
+    if found != expected:
+        problems.append(f"synchronisation: {found}, not {expected}")
     if arithmetic != "ieee" and not report["tensor_core"]:
         problems.append(f"no {tensor_core} in the K loop")
     if copy and not report["async_copy"]:
@@ -109,5 +125,6 @@ def inspect_amd(compiled, arch: str, counting: bool = False) -> dict:
         "tensor_core": assembly.count("v_mfma"),
         "async_copy": 0,
         "atomics": count_atomics(assembly),
+        "float_atomics": len(re.findall(r"_atomic_\w*(?:f16|f32|f64)", assembly)),
     }
     return report | {"problems": _problems(report, arch, counting)}

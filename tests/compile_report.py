@@ -20,8 +20,9 @@ dgrad and wgrad, of all outputs (operands' dtype, fp32, and wgrad's added to fp3
 - registers: of a thread, by version of triton, and the bytes it spills.
 - shared: KiB of a program.
 - MMA: tensor-core instructions in the K loop (gfx942: in all).
-- variants: how many were compiled; the verdict counts those that spill, exceed shared memory, use atomics, have no
-  tensor-core instructions or asynchronous copies in the K loop, or load through registers there.
+- variants: how many were compiled; the verdict counts those that spill, exceed shared memory, use atomics (other than
+  the single launch's counters), have no tensor-core instructions or asynchronous copies in the K loop, load through
+  registers there, or publish what others may not see.
 """
 
 

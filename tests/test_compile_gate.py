@@ -84,7 +84,8 @@ def test_the_gate_sees_spills():
 
 
 def test_the_gate_sees_atomics(tmp_path):
-    """The test of the test: an atomic sum is counted in the assembly of both vendors, a store is not."""
+    """The test of the test: an atomic sum is counted in the assembly of both vendors, a store is not; and no kernel may
+    add floating point, not even one that counts."""
     script = tmp_path / "atomic_sum.py"
     script.write_text(
         "import triton, triton.language as tl\n"
@@ -101,12 +102,15 @@ def test_the_gate_sees_atomics(tmp_path):
         "    for add in (True, False):\n"
         "        source = ASTSource(kernel, {'out': '*fp32', 'ADD': 'constexpr'}, {'ADD': add})\n"
         "        compiled = compile(source, target=gate.TARGETS[arch])\n"
-        "        nvidia = lambda: inspect.inspect_nvidia(compiled, arch, 'ieee', None)\n"
-        "        report = inspect.inspect_amd(compiled, arch) if arch == 'gfx942' else nvidia()\n"
-        "        print(bool(report['atomics']), bool(report['problems']))\n"
+        "        def report(counting):\n"
+        "            if arch == 'gfx942':\n"
+        "                return inspect.inspect_amd(compiled, arch, counting)\n"
+        "            return inspect.inspect_nvidia(compiled, arch, 'ieee', None, counting)\n"
+        "        print(bool(report(False)['atomics']), bool(report(False)['problems']))\n"
+        "        print(any('floating point' in problem for problem in report(True)['problems']))\n"
     )
     result = run_compiling(script)
-    assert result.stdout.split() == ["True", "True", "False", "False"] * 3, result.stderr
+    assert result.stdout.split() == ["True", "True", "True", "False", "False", "False"] * 3, result.stderr
 
 
 def test_the_committed_report_lists_todays_rows():

@@ -1,9 +1,16 @@
 """The counter protocol of the single-launch kernel, in every interleaving (protocol_model.py): right as it is, and
 wrong in the way that each mistake (protocol_mutants.py) is wrong."""
 
+from functools import lru_cache
+
 import pytest
-from protocol_model import Protocol, check
+import torch
+import triton
+import triton.language as tl
+from protocol_model import Launch, Order, Protocol, Tile, check
 from protocol_mutants import GROWS, MUTANTS, consumers_first, grouped, row_major
+
+from tpffn_triton.kernels.ffn_single_launch import tile_of_ticket
 
 ALL = 99  # more places than any launch here has programs
 RESIDENT = (1, 2, 3, ALL)
@@ -31,6 +38,54 @@ def test_the_protocol_is_right_however_programs_interleave(launches, order):
         assert_right(outcome)
         states.append(outcome.states)
     assert states[0] < states[1] < states[2] < states[3]
+
+
+@triton.jit
+def tiles_of_tickets(out_ptr, M, N, H, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
+    """Write stage, row block and column of the program's number, as a ticket, to its row of out [tickets, 3]."""
+    ticket = tl.program_id(0)
+    stage, tile_m, tile_n = tile_of_ticket(ticket, M, N, H, BLOCK, BLOCK, GROUP_M)
+    tl.store(out_ptr + 3 * ticket, stage)
+    tl.store(out_ptr + 3 * ticket + 1, tile_m)
+    tl.store(out_ptr + 3 * ticket + 2, tile_n)
+
+
+@lru_cache
+def kernels_tiles(launch: Launch, group: int, device: str) -> list[Tile]:
+    """Return the tiles by ticket, as the kernel has them; each matrix ends inside of its last tiles."""
+    row_blocks, hidden_tiles, out_tiles = launch
+    tickets = row_blocks * (hidden_tiles + out_tiles)
+    out = torch.full((tickets, 3), -1, dtype=torch.int32, device=device)
+    tiles_of_tickets[(tickets,)](out, *(16 * tiles - 3 for tiles in launch), BLOCK=16, GROUP_M=group)
+    return [tuple(row) for row in out.tolist()]
+
+
+def kernels_order(group: int, device: str) -> Order:
+    return lambda *launch: kernels_tiles(launch, group, device)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("launch", [(1, 2, 2), (2, 1, 3), (3, 2, 1), (5, 3, 1), (7, 1, 1)], ids=str)
+def test_tickets_are_the_tiles_in_an_order_that_never_waits_for_a_later_one(launch, group, device):
+    order = kernels_tiles(launch, group, device)
+    row_blocks, hidden_tiles, out_tiles = launch
+    everything = [
+        (stage, row, col)
+        for stage, columns in ((1, hidden_tiles), (2, out_tiles))
+        for row in range(row_blocks)
+        for col in range(columns)
+    ]
+    assert sorted(order) == everything
+    for row in range(row_blocks):
+        stages = [stage for stage, of, _ in order if of == row]
+        assert stages == sorted(stages)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("launches", [[(3, 2, 1), (1, 2, 2), (3, 2, 1)], [(2, 2, 2), (5, 1, 1), (1, 2, 2)]], ids=str)
+def test_the_protocol_is_right_in_the_kernels_own_order(launches, group, device):
+    for resident in RESIDENT:
+        assert_right(check(launches, kernels_order(group, device), resident))
 
 
 def test_streams_with_counters_of_their_own():

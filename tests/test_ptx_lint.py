@@ -1,5 +1,5 @@
-"""The lint of publish/acquire protocols (ptx_lint.py): on what triton emits for a right kernel and for each mistake,
-and on written PTX for what control flow and the memory model allow."""
+"""The lint of publish/acquire protocols (ptx_lint.py): on what triton emits for a right kernel and for each mistake, a
+small kernel and the single launch; and on written PTX for what control flow and the memory model allow."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from ptx_lint import lint
 from test_compile_gate import run_compiling, versions
 
 pytestmark = pytest.mark.cpu_only
-COMPILE = Path(__file__).parent / "ptx_lint_kernels.py"
+TESTS = Path(__file__).parent
 
 # name → (what is changed in the right kernel, rules that must find it, releases, acquires)
 RIGHT = {"right": ({}, [], 1, 1)}
@@ -26,8 +26,37 @@ BY_TMA = {
     "published by TMA": ({"STORE_BY_TMA": True}, ["tma store"], 1, 1),
     "pointers": ({"USE_TMA": False}, [], 1, 1),
 }
-# From 3.9 on triton puts a barrier before a release, and waits until a TMA store is written.
-MADE_RIGHT = {"no barrier", "published by TMA"}
+# publish_mutants.py's, and how the problem that the gate has with each begins.
+MUTANTS = {
+    "right": [],
+    "no barrier": ["publish"],
+    "relaxed flag": ["synchronisation"],
+    "flag for one program": ["scope"],
+    "relaxed poll": ["synchronisation"],
+    "poll for one program": ["scope"],
+    "no wait": ["synchronisation"],
+}
+MUTANTS_OF_TMA = {
+    "no fence before publishing": ["proxy"],
+    "no fence after waiting": ["proxy"],
+    "stored by TMA": ["tma store"],
+}
+# triton 3.9 puts a barrier before a release, and waits until a TMA store is written.
+MADE_RIGHT = {"no barrier", "published by TMA", "stored by TMA"}
+
+
+def compile_elsewhere(script, argument, triton_folder) -> tuple[dict, set[str]]:
+    """Return what a command prints, and which mistakes its triton makes right."""
+    result = run_compiling(TESTS / script, argument, triton_folder=triton_folder)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    if triton_folder:
+        assert answer["triton"] == "3.6.0"
+    return answer, set() if answer["triton"].startswith(("3.6.", "3.7.")) else MADE_RIGHT
+
+
+def rules(findings: list[str]) -> list[str]:
+    return [text.split(":")[0] for text in findings]
 
 
 @versions
@@ -35,19 +64,14 @@ MADE_RIGHT = {"no barrier", "published by TMA"}
 def test_every_mistake_is_found_in_what_triton_emits_and_nothing_else(arch, triton_folder):
     cases = RIGHT | EITHER | (BY_TMA if arch == "sm_90" else {})
     asked = json.dumps({name: (arch, changed) for name, (changed, *_) in cases.items()})
-    result = run_compiling(COMPILE, asked, triton_folder=triton_folder)
-    assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout)
-    if triton_folder:
-        assert answer["triton"] == "3.6.0"
-    made_right = set() if answer["triton"].startswith(("3.6.", "3.7.")) else MADE_RIGHT
+    answer, made_right = compile_elsewhere("ptx_lint_kernels.py", asked, triton_folder)
     found = {
-        name: ([text.split(":")[0] for text in report["findings"]], report["releases"], report["acquires"])
+        name: (rules(report["findings"]), report["releases"], report["acquires"])
         for name, report in answer["reports"].items()
     }
     assert found == {
-        name: ([] if name in made_right else rules, releases, acquires)
-        for name, (_, rules, releases, acquires) in cases.items()
+        name: ([] if name in made_right else expected, releases, acquires)
+        for name, (_, expected, releases, acquires) in cases.items()
     }
     right = answer["reports"]["right"]
     assert right["relaxed"] == 1  # the ticket
@@ -57,6 +81,16 @@ def test_every_mistake_is_found_in_what_triton_emits_and_nothing_else(arch, trit
     else:  # x, hidden, weight, and y, each a descriptor of five parameters
         assert {name[-2:] for name in right["tma_loads"]} == {"_0", "_5", "10"}
         assert {name[-2:] for name in right["tma_stores"]} == {"15"}
+
+
+@versions
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_gate_finds_every_mistake_in_the_single_launch(arch, triton_folder):
+    answer, made_right = compile_elsewhere("publish_mutants.py", arch, triton_folder)
+    expected = MUTANTS | (MUTANTS_OF_TMA if arch == "sm_90" else {})
+    assert {name: rules(problems) for name, problems in answer["problems"].items()} == {
+        name: [] if name in made_right else rule for name, rule in expected.items()
+    }
 
 
 STORE = "st.global.b32 [%rd1], %r1;"
@@ -202,7 +236,7 @@ def test_the_summary_counts():
 
 def test_functions_are_not_followed():
     function = f".func helper()\n{{\n{STORE}\nret;\n}}\n"
-    assert [text.split(":")[0] for text in lint(function + kernel(RELEASE)).findings] == ["call"]
+    assert rules(lint(function + kernel(RELEASE)).findings) == ["call"]
     assert not lint(".extern .func helper;\n" + kernel(RELEASE)).findings
 
 
