@@ -30,7 +30,7 @@ Verdicts, of the shortest way to one:
     stale       ... that an earlier launch left there
     twice       two programs have the same tile
     unwritten   a launch ends without some tile of y
-    counters    a launch ends and a counter is not 0
+    counters    ... and a counter is not 0
     deadlock    nobody can go on
 
 A program is one thread here: barriers and fences inside of it are ptx_lint.py's.
@@ -101,10 +101,10 @@ class Program(NamedTuple):
 
 
 class State(NamedTuple):
-    """One moment. Per stream unless said otherwise; sets of programs or tiles are bit masks.
+    """One moment. Per stream unless said otherwise.
 
     launched        launches begun before the present one
-    started, taken  programs of the present launch that have started; places in `order` that are taken
+    started, taken  programs of the present launch that have started, as a bit mask; tiles that are taken
     hidden          per tile: which launch's data others see, -1 before the first
     running         programs, sorted; buffered: tiles (stream, place in hidden) in store buffers
     ticket, ready   per set of counters: the ticket counter, and the counter of each row block
@@ -112,7 +112,7 @@ class State(NamedTuple):
 
     launched: tuple[int, ...]
     started: tuple[int, ...]
-    taken: tuple[int, ...]
+    taken: tuple[frozenset[Tile], ...]
     hidden: tuple[tuple[int, ...], ...]
     running: tuple[Program, ...]
     buffered: frozenset[tuple[int, int]]
@@ -191,7 +191,7 @@ class _Model:
         return State(
             launched=(0,) * each,
             started=(0,) * each,
-            taken=(0,) * each,
+            taken=(frozenset(),) * each,
             hidden=((-1,) * self.row_blocks * self.columns,) * each,
             running=(),
             buffered=frozenset(),
@@ -254,9 +254,9 @@ class _Model:
             todo = ("clear ticket", *todo)
         program = Program(stream, tile, todo)
         label = f"{_name(program)} starts, number {place}"
-        if state.taken[stream] >> place & 1:
+        if tile in state.taken[stream]:
             return label, Violation("twice", f"{_name(program)} has been taken before")
-        taken = _put(state.taken, stream, state.taken[stream] | 1 << place)
+        taken = _put(state.taken, stream, state.taken[stream] | {tile})
         return label, state._replace(taken=taken, running=tuple(sorted((*state.running, program))))
 
     def _go_on(self, state: State, program: Program) -> Iterator[Step]:
@@ -305,8 +305,8 @@ class _Model:
         for col in range(launch[1]):
             of = state.hidden[stream][row * self.columns + col]
             if of != state.launched[stream]:
-                verdict = "invisible" if of < 0 else "stale"
-                detail = f"reads hidden[{row}, {col}] of launch {of} in launch {state.launched[stream]}"
+                verdict, whose = ("invisible", "no launch") if of < 0 else ("stale", f"launch {of}")
+                detail = f"reads hidden[{row}, {col}] of {whose} in launch {state.launched[stream]}"
                 return Violation(verdict, f"{_name(program)} {detail}")
         return state
 
@@ -320,8 +320,8 @@ class _Model:
     def _end(self, state: State, stream: int, launch: Launch) -> Step:
         """End a stream's launch, whose programs have all ended."""
         label = f"stream {stream}: launch {state.launched[stream]} ends"
-        missing = [tile for place, tile in enumerate(self.orders[launch]) if not state.taken[stream] >> place & 1]
-        if any(stage == 2 for stage, _, _ in missing):
+        y = {(2, row, col) for row in range(launch[0]) for col in range(launch[2])}
+        if missing := sorted(y - state.taken[stream]):
             return label, Violation("unwritten", f"no program had {missing}")
         counters = 0 if self.protocol.shares_counters else stream
         left = state.ready[counters] if self.protocol.clears != "epoch" else ()
@@ -333,5 +333,5 @@ class _Model:
         return label, after._replace(
             launched=_put(state.launched, stream, state.launched[stream] + 1),
             started=_put(state.started, stream, 0),
-            taken=_put(state.taken, stream, 0),
+            taken=_put(state.taken, stream, frozenset()),
         )

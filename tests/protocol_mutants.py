@@ -38,6 +38,11 @@ def one_too_early(row_blocks: int, hidden_tiles: int, out_tiles: int) -> list[Ti
     return [*order[:last], order[last + 1], order[last], *order[last + 2 :]]
 
 
+def one_column_short(row_blocks: int, hidden_tiles: int, out_tiles: int) -> list[Tile]:
+    """A grid without the last column of y."""
+    return row_major(row_blocks, hidden_tiles, out_tiles - 1)
+
+
 class Mutant(NamedTuple):
     """A protocol with one mistake, the launches that show it with `resident` programs at once, and the verdict."""
 
@@ -60,6 +65,7 @@ MUTANTS = [
     Mutant("counted before waiting", Protocol(counts_first=True), "invisible"),
     Mutant("consumers first", Protocol(), "deadlock", resident=2, order=consumers_first),
     Mutant("a consumer before its last producer", Protocol(), "deadlock", resident=1, order=one_too_early),
+    Mutant("grid one column short", Protocol(), "unwritten", order=one_column_short),
     Mutant("program numbers for tickets", Protocol(tickets=False), "deadlock", resident=2),
     Mutant("counter never cleared", Protocol(clears="never"), "counters"),
     Mutant("counter cleared by the first consumer", Protocol(clears="first consumer"), "deadlock"),
