@@ -31,6 +31,7 @@ from triton.compiler import ASTSource, compile
 from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
+from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -169,7 +170,8 @@ def compile_variant(variant: Variant):
     values = variant.config.meta | {"HAS_BIAS": False, "TRANS_B": variant.kernel == "linear"}
     values |= {option: option in variant.form for option in OPTIONS.get(variant.kernel, ())}
     values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
-    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": False, "IS_DEPENDENT": False}
+    dependent = variant.arch in DEPENDENT_LAUNCHES
+    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": dependent, "IS_DEPENDENT": dependent}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     source = ASTSource(
