@@ -55,21 +55,36 @@ def _ptr(m, n, k, warps, stages, split=False):
     return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
 
 
-KERNELS = ("linear_act", "linear_dact", "gated_linear_act", "gated_linear_dact", "linear", "dgrad", "wgrad")
+KERNELS = (
+    "ffn",
+    "gated_ffn",
+    "linear_act",
+    "linear_dact",
+    "gated_linear_act",
+    "gated_linear_dact",
+    "linear",
+    "dgrad",
+    "wgrad",
+)
 _PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
 
 
-def _table(linear_act, linear_dact, gated_act, gated_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
+def _table(
+    ffn, gated_ffn, linear_act, linear_dact, gated_act, gated_dact, gemm, tf32
+) -> dict[tuple[str, str], tuple[Config, ...]]:
     ieee = (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 3))
     sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
-    sixteen_bit |= {"gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
+    sixteen_bit |= {"ffn": ffn, "gated_ffn": gated_ffn, "gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
     rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS}
-    return rows | {(kernel, "ieee"): ieee for kernel in KERNELS}
+    rows |= {(kernel, "ieee"): ieee for kernel in KERNELS}
+    return rows | {("gated_ffn", "ieee"): (ieee[0], _ptr(32, 32, 32, 8, 2))}
 
 
 TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     "sm_80": _table(
+        ffn=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
+        gated_ffn=(_ptr(128, 64, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         linear_act=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         linear_dact=(_ptr(128, 128, 64, 8, 3, split=True), _ptr(128, 64, 64, 8, 3, split=True), _ptr(64, 64, 32, 4, 3)),
         gated_act=(_ptr(128, 64, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
@@ -79,6 +94,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     )
     | {("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),)},
     "sm_90": _table(
+        ffn=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 4), _tma(64, 64, 64, 4, 4)),
+        gated_ffn=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 3), _tma(64, 64, 64, 4, 4)),
         linear_act=(
             _tma(128, 256, 64, 8, 3, split=True),
             _tma(128, 128, 64, 8, 3, split=True),
@@ -101,6 +118,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
     "sm_100": _table(
+        ffn=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
+        gated_ffn=(_tma(128, 64, 64, 8, 3), _tma(64, 64, 64, 4, 4)),
         linear_act=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         linear_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4, split=True)),
         gated_act=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 8, 3), _tma(64, 64, 64, 4, 4)),
@@ -109,6 +128,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         tf32=(_ptr(64, 64, 32, 4, 3),),
     ),
     "gfx942": _table(
+        ffn=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
+        gated_ffn=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         linear_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         linear_dact=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
         gated_act=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
@@ -124,6 +145,7 @@ _OWN_ODD_STRIDES = {
     ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
+    ("gated_ffn", "ieee"): _ptr(32, 32, 32, 8, 2),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._configs import Config, arithmetic_of, odd_strides, select
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 # Serving meets thousands of token counts; a prepared launch is some 5 KB, and 0.3 KB for each address of its tensors.
 prepared_once = lru_cache(maxsize=2048)
 
@@ -167,8 +168,8 @@ class Launch:
     """A kernel with everything but its tensors.
 
     views                (operand, block) of the tensor arguments that become descriptors if constants["USE_TMA"]
-    scalars, constants   the integers that follow the tensors in the kernel's signature; its constants, num_warps and
-                         num_stages, as in a configuration's `meta`
+    scalars, constants   the integers that follow the tensors in the kernel's signature; its constants and Triton's
+                         options of the launch, as in a configuration's `meta`
 
     Calling it with the tensors launches. The first call goes through Triton's JIT; later ones through the compiled
     kernel it returned, which is right because whatever Triton specialises on is in the signature of the operands.
@@ -177,7 +178,7 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, int, int], *, views=(), scalars: tuple, constants: dict) -> None:
         self._kernel, self._grid = kernel, grid
         self._values = (*scalars, *(constants[name] for name in kernel.arg_names if name in constants))
-        self._options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        self._options = {name: constants[name] for name in _OPTIONS if name in constants}
         self._views = views if constants.get("USE_TMA") else ()
         self._descriptors = [_descriptors(*view) for view in self._views]
         self._compiled: Any = None  # bound to the grid

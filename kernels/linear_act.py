@@ -29,32 +29,95 @@ from ._launch import (
     prepared_once,
     signature,
 )
+from ._ordering import launch_dependents
 from ._tiles import add_row_vector, column_parts, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate, kernel_activation
 
 
 @triton.jit
-def _bias_act_store(
-    acc,
-    bias_ptr,
+def act_tile(
+    x,
+    weight,
     act,
     pre_act,
-    row,
-    col,
+    bias_ptr,
+    tile_m,
+    tile_n,
     M,
     N,
+    K,
+    stride_x,
+    stride_weight,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_PRE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_EPILOGUE: tl.constexpr,
     USE_TMA: tl.constexpr,
+    STORE_BY_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    """Compute and store one tile of act = activation(x @ weight.T + bias), and of pre_act. STORE_BY_TMA: act is a
+    descriptor; everything else is one with USE_TMA."""
+    acc = gemm_tile(
+        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight,
+        False, True, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    )  # fmt: skip
+    row = tile_m * BLOCK_M
+    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for i in tl.static_range(PARTS):
+        part = parts[i]
+        col = tile_n * BLOCK_N + i * PART_N
+        if HAS_BIAS:
+            part = add_row_vector(part, bias_ptr, col, N, PART_N)
+        if SAVE_PRE_ACT:
+            store_tile(pre_act, part, row, col, M, N, N, BLOCK_M, PART_N, USE_TMA)
+        store_tile(act, activate(part, ACTIVATION), row, col, M, N, N, BLOCK_M, PART_N, STORE_BY_TMA)
+
+
+@triton.jit
+def gated_act_tile(
+    x,
+    weight,
+    act,
+    gate,
+    up,
+    bias_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_weight,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_PRE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    STORE_BY_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute and store one tile of act = f(x @ weight[:N].T + bias[:N]) · (x @ weight[N:].T + bias[N:]), and those of
+    gate and up, the two halves of pre_act's columns; the rest is as in act_tile."""
+    gate_acc, up_acc = gemm_gate_and_up(
+        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
+    )
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
     if HAS_BIAS:
-        acc = add_row_vector(acc, bias_ptr, col, N, BLOCK_N)
+        gate_acc = add_row_vector(gate_acc, bias_ptr, col, N, BLOCK_N)
+        up_acc = add_row_vector(up_acc, bias_ptr + N, col, N, BLOCK_N)
     if SAVE_PRE_ACT:
-        store_tile(pre_act, acc, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
-    store_tile(act, activate(acc, ACTIVATION), row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+        store_tile(gate, gate_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+        store_tile(up, up_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
+    store_tile(act, activate(gate_acc, ACTIVATION) * up_acc, row, col, M, N, N, BLOCK_M, BLOCK_N, STORE_BY_TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -72,6 +135,7 @@ def linear_act_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_PRE_ACT: tl.constexpr,
+    HAS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,21 +145,13 @@ def linear_act_kernel(
     PRECISION: tl.constexpr,
 ):
     """act = activation(x @ weight.T + bias); x, weight, act, pre_act are pointers or descriptors (see _tiles)."""
+    if HAS_DEPENDENT:
+        launch_dependents()
     tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = gemm_tile(
-        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight,
-        False, True, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    act_tile(
+        x, weight, act, pre_act, bias_ptr, tile_m, tile_n, M, N, K, stride_x, stride_weight,
+        ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_EPILOGUE, USE_TMA, USE_TMA, PRECISION,
     )  # fmt: skip
-    row = tile_m * BLOCK_M
-    col = tile_n * BLOCK_N
-    PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
-    PART_N: tl.constexpr = BLOCK_N // PARTS
-    parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
-    for i in tl.static_range(PARTS):
-        _bias_act_store(
-            parts[i], bias_ptr, act, pre_act, row, col + i * PART_N, M, N,
-            ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, PART_N, USE_TMA,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -114,6 +170,7 @@ def gated_linear_act_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_PRE_ACT: tl.constexpr,
+    HAS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -121,25 +178,19 @@ def gated_linear_act_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act = f(x @ weight[:N].T + bias[:N]) · (x @ weight[N:].T + bias[N:]); gate and up are the two halves of pre_act's
-    columns, each by itself: a tile of gate that reaches past N must not be stored over up."""
+    """act = f(gate) · up; gate and up are the two halves of pre_act's columns, each by itself: a tile of gate that
+    reaches past N must not be stored over up."""
+    if HAS_DEPENDENT:
+        launch_dependents()
     tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    gate_acc, up_acc = gemm_gate_and_up(
-        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
-    )
-    row = tile_m * BLOCK_M
-    col = tile_n * BLOCK_N
-    if HAS_BIAS:
-        gate_acc = add_row_vector(gate_acc, bias_ptr, col, N, BLOCK_N)
-        up_acc = add_row_vector(up_acc, bias_ptr + N, col, N, BLOCK_N)
-    if SAVE_PRE_ACT:
-        store_tile(gate, gate_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
-        store_tile(up, up_acc, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
-    store_tile(act, activate(gate_acc, ACTIVATION) * up_acc, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
+    gated_act_tile(
+        x, weight, act, gate, up, bias_ptr, tile_m, tile_n, M, N, K, stride_x, stride_weight,
+        ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, USE_TMA, PRECISION,
+    )  # fmt: skip
 
 
 @prepared_once
-def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> tuple[int, int, int, Launch | None]:
+def _prepare(x, weight, bias, activation, save_pre_act, has_dependent, arithmetic, config) -> tuple:
     """Return M, N, the width of pre_act, and the launch, if there is anything to compute."""
     x, weight = Operand(*x), Operand(*weight)
     M, width, K = check_operands("linear_act", x, weight, trans_b=True)
@@ -173,6 +224,7 @@ def _prepare(x, weight, bias, activation, save_pre_act, arithmetic, config) -> t
             "ACTIVATION": constant,
             "HAS_BIAS": bias is not None,
             "SAVE_PRE_ACT": save_pre_act,
+            "HAS_DEPENDENT": has_dependent,
             "PRECISION": _configs.PRECISION[arithmetic],
         },
     )
@@ -186,16 +238,19 @@ def linear_act(
     activation: str,
     save_pre_act: bool,
     config: _configs.Config | None = None,
+    *,
+    has_dependent: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch `linear_act_kernel` or `gated_linear_act_kernel`; shapes as in the module docstring.
 
-    Returns (act, pre_act); pre_act is None unless save_pre_act. `config` overrides the table.
+    Returns (act, pre_act); pre_act is None unless save_pre_act. `config` overrides the table. has_dependent: the next
+    launch may start before this one has ended (matmul.py's `dependent`).
 
     Raises: ValueError: an unknown activation; shapes, dtypes, devices, strides or a `config` that do not fit (the
     message shows them).
     """
     M, N, width, launch = _prepare(
-        signature(x), signature(weight), signature(bias), activation, save_pre_act,
+        signature(x), signature(weight), signature(bias), activation, save_pre_act, has_dependent,
         _configs.arithmetic_of(x.dtype), config,
     )  # fmt: skip
     act = x.new_empty((M, N))

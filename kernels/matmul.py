@@ -27,6 +27,7 @@ from ._launch import (
     prepared_once,
     signature,
 )
+from ._ordering import wait_for_launch
 from ._tiles import add_row_vector, column_parts, gemm_tile, grouped_tile, load_tile, store_tile
 
 
@@ -54,6 +55,39 @@ def _store(
         store_tile(out, tile, row, col + i * PART_N, M, N, N, BLOCK_M, PART_N, USE_TMA)
 
 
+@triton.jit
+def matmul_tile(
+    a,
+    b,
+    out,
+    bias_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    TRANS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_EPILOGUE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute and store one tile of out [M, N] = a [M, K] @ b [K, N] (or [N, K].T with TRANS_B) + bias [N]."""
+    acc = gemm_tile(
+        a, b, tile_m, tile_n, M, N, K, stride_a, stride_b,
+        False, TRANS_B, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    )  # fmt: skip
+    col = tile_n * BLOCK_N
+    if HAS_BIAS:
+        acc = add_row_vector(acc, bias_ptr, col, N, BLOCK_N)
+    _store(acc, out, tile_m * BLOCK_M, col, M, N, False, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
+
+
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     a,
@@ -67,6 +101,7 @@ def matmul_kernel(
     stride_b,
     TRANS_B: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -76,16 +111,13 @@ def matmul_kernel(
     PRECISION: tl.constexpr,
 ):
     """out [M, N] = a [M, K] @ b [K, N] (or [N, K].T with TRANS_B) + bias [N]; M is the tokens."""
+    if IS_DEPENDENT:
+        wait_for_launch()
     tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = gemm_tile(
-        a, b, tile_m, tile_n, M, N, K, stride_a, stride_b,
-        False, TRANS_B, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    matmul_tile(
+        a, b, out, bias_ptr, tile_m, tile_n, M, N, K, stride_a, stride_b,
+        TRANS_B, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_EPILOGUE, USE_TMA, PRECISION,
     )  # fmt: skip
-    row = tile_m * BLOCK_M
-    col = tile_n * BLOCK_N
-    if HAS_BIAS:
-        acc = add_row_vector(acc, bias_ptr, col, N, BLOCK_N)
-    _store(acc, out, row, col, M, N, False, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -118,7 +150,7 @@ def wgrad_kernel(
 
 
 @prepared_once
-def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, arithmetic, config) -> tuple[int, int, Launch | None]:
+def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithmetic, config) -> tuple:
     """Return M, N, and the launch, if there is anything to compute; out: where to, or None."""
     a, b = Operand(*a), Operand(*b)
     M, N, K = check_operands(name, a, b, trans_b=trans_b)
@@ -142,12 +174,18 @@ def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, arithmetic, confi
         ),
         scalars=(M, N, K, a.strides[0], b.strides[0]),
         constants=config.meta
-        | {"TRANS_B": trans_b, "HAS_BIAS": bias is not None, "PRECISION": _configs.PRECISION[arithmetic]},
+        | {
+            "TRANS_B": trans_b,
+            "HAS_BIAS": bias is not None,
+            "IS_DEPENDENT": dependent,
+            "PRECISION": _configs.PRECISION[arithmetic],
+            "launch_pdl": dependent,
+        },
     )
     return M, N, launch
 
 
-def _matmul(name, a, b, bias, out, out_dtype, trans_b, config):
+def _matmul(name, a, b, bias, out, out_dtype, trans_b, config, dependent=False):
     M, N, launch = _prepare_matmul(
         name,
         signature(a),
@@ -156,6 +194,7 @@ def _matmul(name, a, b, bias, out, out_dtype, trans_b, config):
         signature(out),
         out_dtype,
         trans_b,
+        dependent,
         _configs.arithmetic_of(a.dtype),
         config,
     )
@@ -172,12 +211,17 @@ def linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype | None = None,
     config: _configs.Config | None = None,
+    *,
+    dependent: bool = False,
 ) -> torch.Tensor:
     """Return a [M, K] @ weight [N, K].T + bias [N] (None: no bias) as [M, N] in out_dtype (None: a's).
 
+    dependent: programmatic dependent launch: it may start before the previous launch of the stream, which must have
+    been told so (linear_act's `has_dependent`), has ended, and waits for that before it reads anything.
+
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    return _matmul("linear", a, weight, bias, None, out_dtype or a.dtype, True, config)
+    return _matmul("linear", a, weight, bias, None, out_dtype or a.dtype, True, config, dependent)
 
 
 def linear_into(

@@ -28,7 +28,7 @@ from compile_report import ENFORCED, configurations, describe, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from tpffn_triton.kernels import column_sum, linear_act, linear_dact, matmul
+from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
 
@@ -41,7 +41,10 @@ TARGETS = {
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Kernel, and the block of each tensor argument as names of Config fields (n: BLOCK_N, halved by a split epilogue).
+_FFN = {"x": "MK", "w1": "NK", "w2": "NK", "act": "MK", "y": "Mn", "pre_act": "Mn", "up": "Mn"}
 SPECS = {
+    "ffn": (ffn_single_launch.ffn_kernel, _FFN),
+    "gated_ffn": (ffn_single_launch.ffn_kernel, _FFN),
     "linear_act": (linear_act.linear_act_kernel, {"x": "MK", "weight": "NK", "act": "Mn", "pre_act": "Mn"}),
     "linear_dact": (
         linear_dact.linear_dact_kernel,
@@ -61,17 +64,18 @@ SPECS = {
 }
 # What a kernel does only if asked: its forms are the combinations.
 OPTIONS = {
+    "ffn": ("HAS_B1", "HAS_B2", "SAVE_PRE_ACT"),
     "linear_act": ("HAS_BIAS", "SAVE_PRE_ACT"),
     "linear_dact": ("STORE_ACT", "STORE_DB"),
     "linear": ("HAS_BIAS",),
 }
-OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("linear_act", "linear_dact")}
+OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
 ADDED = "fp32 +="
 # What a kernel stores where it is asked for another dtype than its operands'.
-OUTPUTS = {"linear": ("fp32",), "dgrad": ("fp32",), "wgrad": ("fp32", ADDED)}
+OUTPUTS = {"ffn": ("fp32",), "gated_ffn": ("fp32",), "linear": ("fp32",), "dgrad": ("fp32",), "wgrad": ("fp32", ADDED)}
 
 
 class Variant(NamedTuple):
@@ -91,7 +95,7 @@ class Variant(NamedTuple):
 
 def activations_of(kernel: str) -> tuple:
     """Return the activations of a kernel."""
-    if "act" not in kernel:
+    if kernel in ("linear", "dgrad", "wgrad"):
         return (None,)
     return tuple(GATED_ACTIVATIONS) if kernel.startswith("gated") else PLAIN_ACTIVATIONS
 
@@ -133,7 +137,13 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     function, blocks = SPECS[variant.kernel]
     config, known = variant.config, KNOWN[variant.known]
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
-    dtypes = {"dw": variant.output.removesuffix(" +="), "out": variant.output, "db_partial_ptr": "fp32"}
+    dtypes = {
+        "dw": variant.output.removesuffix(" +="),
+        "out": variant.output,
+        "y": variant.output,
+        "db_partial_ptr": "fp32",
+    }
+    dtypes["counters_ptr"] = "i32"
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
@@ -143,8 +153,8 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
             continue
         if name in blocks or name.endswith("_ptr"):
             types[name], kind = f"*{dtype}", "ptr"
-        elif name.startswith("stride") or name in ("M", "N", "K"):
-            types[name], kind = "i32", "K" if name.startswith("stride") else name
+        elif name.startswith("stride") or name in ("M", "N", "K", "H"):
+            types[name], kind = "i32", "K" if name.startswith("stride") else "N" if name == "H" else name
         else:
             types[name], kind = "constexpr", ""
         if kind in known:
@@ -159,6 +169,7 @@ def compile_variant(variant: Variant):
     values = variant.config.meta | {"HAS_BIAS": False, "TRANS_B": variant.kernel == "linear"}
     values |= {option: option in variant.form for option in OPTIONS.get(variant.kernel, ())}
     values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
+    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": False, "IS_DEPENDENT": False}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     source = ASTSource(
@@ -174,6 +185,7 @@ def compile_variant(variant: Variant):
 def check(variant: Variant) -> dict:
     """Compile and inspect one variant."""
     aligned = variant.known == "all"
+    counting = variant.kernel.endswith("ffn")
     row = variant._asdict() | {"config": describe(variant.config, aligned), "triton": triton.__version__}
     try:
         compiled = compile_variant(variant)
@@ -183,9 +195,9 @@ def check(variant: Variant) -> dict:
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
-        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy)
+        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, counting)
     else:
-        report = inspect_amd(compiled, variant.arch)
+        report = inspect_amd(compiled, variant.arch, counting)
     return row | report
 
 

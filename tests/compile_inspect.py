@@ -52,19 +52,20 @@ def _k_loop(sass: str, instruction: str) -> str:
     return "\n".join(lines[start : end + 1])
 
 
-def _problems(report: dict, arch: str) -> list[str]:
+def _problems(report: dict, arch: str, counting: bool) -> list[str]:
     problems = []
     if report["stack"] or report["spills"]:
         problems.append(f"spills: {report['stack']} bytes of stack, {report['spills']} instructions")
     if report["shared"] > SHARED_LIMIT[arch]:
         problems.append(f"{report['shared']} bytes of shared memory exceed {SHARED_LIMIT[arch]}")
-    if report["atomics"]:
+    if report["atomics"] and not counting:
         problems.append(f"{report['atomics']} atomic instructions")
     return problems
 
 
-def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> dict:
-    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it."""
+def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, counting: bool = False) -> dict:
+    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it; counting: it may
+    use atomics."""
     registers, stack, sass = _disassemble(compiled.asm["cubin"])
 
     def count(pattern, text):
@@ -83,7 +84,7 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> di
         "async_copy": count(copy, loop) if copy else 0,
         "atomics": count_atomics(sass),
     }
-    problems = _problems(report, arch)
+    problems = _problems(report, arch, counting)
     if arithmetic != "ieee" and not report["tensor_core"]:
         problems.append(f"no {tensor_core} in the K loop")
     if copy and not report["async_copy"]:
@@ -93,7 +94,7 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None) -> di
     return report | {"problems": problems}
 
 
-def inspect_amd(compiled, arch: str) -> dict:
+def inspect_amd(compiled, arch: str, counting: bool = False) -> dict:
     """Return resource use of a code object, with the list of what is wrong with it."""
     assembly = compiled.asm["amdgcn"]
 
@@ -109,4 +110,4 @@ def inspect_amd(compiled, arch: str) -> dict:
         "async_copy": 0,
         "atomics": count_atomics(assembly),
     }
-    return report | {"problems": _problems(report, arch)}
+    return report | {"problems": _problems(report, arch, counting)}

@@ -1,15 +1,25 @@
 """Every kernel by itself: each activation, dtype and configuration row, against eager and fp64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from acceptance import assert_accurate, assert_exact
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    SPLIT,
+    TINY,
+    TMA,
+    compare_exact,
+    fp32_arithmetic,
+    integers,
+    randn,
+    rows_of_tables,
+    saturate_gates,
+)
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
-from tpffn_triton.kernels._configs import TABLES, Config, odd_strides
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
@@ -19,25 +29,6 @@ from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreter.install()
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# M, N, K: inside one tile of the smallest row, over several, and at odd strides that neither TMA nor cp.async takes.
-SHAPES = {"smoke": (24, 40, 32), "tiles": (130, 152, 200), "odd": (67, 71, 45)}
-# A pointer tile small enough that the shapes above need several in every direction.
-TINY = Config(32, 32, 32, 4, 2)
-TMA, SPLIT = replace(TINY, USE_TMA=True), replace(TINY, SPLIT_EPILOGUE=True)
-
-
-def randn(*shape, dtype, device, seed=0):
-    """Draw standard normal values that do not depend on the device."""
-    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
-    return torch.randn(*shape, generator=generator).to(device, dtype)
-
-
-def integers(*shape, dtype, device, seed=0):
-    """Draw from -5 ... 5: sums of their products are exact in fp32 and, mostly, not in 16 bits."""
-    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
-    return torch.randint(-5, 6, shape, generator=generator).to(device, dtype)
 
 
 def eager_linear_act(x, weight, bias, activation):
@@ -52,13 +43,6 @@ def eager_linear_dact(dy, weight, pre_act, activation):
     act = REFERENCE[activation](z)
     (d_pre,) = torch.autograd.grad(act, z, dy @ weight)
     return d_pre, act.detach(), d_pre.sum(0)
-
-
-def saturate_gates(t):
-    """Move the gate columns of a tensor of signs, products of signs or zeros to ±64 and around, where gelu is exactly
-    the identity or zero, so that geglu is exact too."""
-    N = t.shape[-1] // 2
-    t[..., :N] += 64 * (1 - 2 * (torch.arange(N, device=t.device) % 2)).to(t.dtype)
 
 
 def check_linear_act(draw, compare, shape, activation, dtype, device, config=None):
@@ -129,10 +113,6 @@ def check_gemm(draw, compare, kernel, shape, dtype, device, config=None):
         assert torch.equal(accumulated, 2 * in_fp32)
 
 
-def compare_exact(name, ours, eager, exact, noise=None):
-    assert_exact(name, ours, exact)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -166,29 +146,16 @@ def test_small_integers_are_exact(shape, activation, config, dtype, device):
         check_gemm(integers, compare_exact, kernel, SHAPES[shape], dtype, device, config)
 
 
-def rows_of_tables():
-    """Yield (kernel, arithmetic, config) of every row, once for all architectures that share it."""
-    seen = set()
-    for arch in ("sm_80", "sm_90"):
-        for (kernel, arithmetic), rows in TABLES[arch].items():
-            for config in (*rows, odd_strides(kernel, arithmetic)):
-                if (kernel, arithmetic, config) not in seen:
-                    seen.add((kernel, arithmetic, config))
-                    tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
-                    name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
-                    yield pytest.param(kernel, arithmetic, config, id=name)
-
-
-@pytest.mark.parametrize(("kernel", "arithmetic", "config"), list(rows_of_tables()))
+@pytest.mark.parametrize(
+    ("kernel", "arithmetic", "config"), list(rows_of_tables("linear_act", "linear_dact", "linear", "dgrad", "wgrad"))
+)
 def test_every_configuration_row(kernel, arithmetic, config, device):
     """Two tiles and a bit in every direction, for each row of sm_80 and sm_90."""
     if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("TMA needs compute capability 9.0")
     dtype = torch.bfloat16 if arithmetic == "16bit" else torch.float32
     shape = (config.BLOCK_M + 8, config.BLOCK_N + 16, 2 * config.BLOCK_K + 16)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
-    try:
+    with fp32_arithmetic(arithmetic):
         if kernel.endswith("linear_act"):
             activation = "geglu" if kernel.startswith("gated") else "relu"
             check_linear_act(integers, compare_exact, shape, activation, dtype, device, config)
@@ -197,8 +164,6 @@ def test_every_configuration_row(kernel, arithmetic, config, device):
             check_linear_dact(integers, compare_exact, shape, activation, dtype, device, config)
         else:
             check_gemm(integers, compare_exact, kernel, shape, dtype, device, config)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

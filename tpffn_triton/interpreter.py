@@ -8,7 +8,11 @@ methods behind that; it changes nothing in a process whose kernels are compiled.
     dot         operands widened to fp32; with input_precision "tf32" fp32 operands lose their low 13 bits first
     casts       through torch: round to nearest even, NaN kept
     arithmetic  bf16 operands widened to fp32, result rounded back
+    inline PTX  what orders memory and computes nothing (kernels/_ordering.py) is passed over: programs and launches run
+                one after the other
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,6 +30,7 @@ _TORCH_DTYPE = {
 }
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 _BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
+_ORDERING = ("fence.proxy.async;", "griddepcontrol.")
 _installed = False
 
 
@@ -102,6 +107,11 @@ def install() -> None:
         product = np.matmul(left.astype(d.data.dtype), right.astype(d.data.dtype))
         return TensorHandle(product + d.data, d.dtype.scalar)
 
+    def create_inline_asm(self, asm, *_):
+        if not asm.startswith(_ORDERING):
+            raise NotImplementedError(f"the interpreter knows no {asm!r}")
+        return SimpleNamespace(get_result=lambda _: TensorHandle(np.zeros(1, np.int32), tl.int32))
+
     def get_bf16(self, value):
         return _bf16(np.array([value]))
 
@@ -115,5 +125,6 @@ def install() -> None:
     builder.unary_op = unary_op
     builder.create_fma = create_fma
     builder.create_dot = create_dot
+    builder.create_inline_asm = create_inline_asm
     builder.get_bf16 = get_bf16
     interpreter._patch_lang_tensor = _patch_lang_tensor

@@ -1,0 +1,68 @@
+"""What tests of single kernels share: shapes, configurations, random operands."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from acceptance import assert_exact
+
+from tpffn_triton.kernels._configs import TABLES, Config, odd_strides
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# M, N, K: inside one tile of the smallest row, over several, and at odd strides that neither TMA nor cp.async takes.
+SHAPES = {"smoke": (24, 40, 32), "tiles": (130, 152, 200), "odd": (67, 71, 45)}
+# A pointer tile small enough that the shapes above need several in every direction.
+TINY = Config(32, 32, 32, 4, 2)
+TMA, SPLIT = replace(TINY, USE_TMA=True), replace(TINY, SPLIT_EPILOGUE=True)
+
+
+def randn(*shape, dtype, device, seed=0):
+    """Draw standard normal values that do not depend on the device."""
+    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def integers(*shape, dtype, device, seed=0):
+    """Draw from -5 ... 5: sums of their products are exact in fp32 and, mostly, not in 16 bits."""
+    generator = torch.Generator().manual_seed(hash(shape) % 2**31 + seed)
+    return torch.randint(-5, 6, shape, generator=generator).to(device, dtype)
+
+
+def saturate_gates(t):
+    """Move the gate columns of a tensor of signs, products of signs or zeros to ±64 and around, where gelu is exactly
+    the identity or zero, so that geglu is exact too."""
+    N = t.shape[-1] // 2
+    t[..., :N] += 64 * (1 - 2 * (torch.arange(N, device=t.device) % 2)).to(t.dtype)
+
+
+def compare_exact(name, ours, eager, exact, noise=None):
+    assert_exact(name, ours, exact)
+
+
+def rows_of_tables(*endings: str) -> Iterator:
+    """Yield (kernel, arithmetic, config) of every row of kernels whose name has one of these endings, once for all
+    architectures that share it."""
+    seen = set()
+    for arch in ("sm_80", "sm_90"):
+        for (kernel, arithmetic), rows in TABLES[arch].items():
+            if not kernel.endswith(endings):
+                continue
+            for config in (*rows, odd_strides(kernel, arithmetic)):
+                if (kernel, arithmetic, config) not in seen:
+                    seen.add((kernel, arithmetic, config))
+                    tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
+                    name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
+                    yield pytest.param(kernel, arithmetic, config, id=name)
+
+
+@contextlib.contextmanager
+def fp32_arithmetic(arithmetic: str) -> Iterator[None]:
+    """Make fp32 matmuls TF32 in the block, or IEEE."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
