@@ -121,7 +121,7 @@ def test_the_right_protocol_passes_in_any_schedule(ticket, resident):
         ((Race, Uninitialised), r"reads middle_ptr\[\d+\]", {"TARGET": PARTS - 1}),
         (
             Deadlock,
-            r"6 programs poll .*not started: none(\n.*)*updates counters_ptr\[[12]\] .* found \[3\]",
+            r"polling .*: 6 programs; not started: none(\n.*)*updates counters_ptr\[[12]\] .* found \[3\]",
             {"TARGET": PARTS + 1},
         ),
     ],
@@ -143,7 +143,7 @@ def test_a_counter_that_is_not_reset_is_found_in_the_second_launch(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_consumers_before_producers_hang_where_few_are_resident(seed):
-    message = r"2 programs poll .*not started: program \d+ of relay_kernel \(launch 1\), (.*, ){8}program \d+ of"
+    message = r"polling .*: 2 programs; not started: program \d+ of relay_kernel \(launch 1\), (.*, ){8}program \d+ of"
     with (
         pytest.raises(Deadlock, match=message),
         Simulation(seed=seed, resident=2, order="ascending" if seed % 2 else "random", most_polls=20),
