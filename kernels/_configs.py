@@ -188,13 +188,14 @@ def in_one_launch(arch: str, tiles: int) -> bool:
     return tiles <= MOST_WAVES[arch] * PROCESSORS[arch]
 
 
-def select(kernel: str, like, rows: int, cols: int) -> Config:
-    """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`.
+def select(kernel: str, like, rows: int, cols: int, arch: str | None = None) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel` in the dtype of `like`, on an architecture, by
+    default that of like's device.
 
     The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
     for three quarters of the processors; else the last.
     """
-    arch = arch_of(like.device)
+    arch = arch or arch_of(like.device)
     table = TABLES[arch][kernel, arithmetic_of(like.dtype)]
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource, compile
 from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
+from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -169,7 +170,8 @@ def compile_variant(variant: Variant):
     values = variant.config.meta | {"HAS_BIAS": False, "TRANS_B": variant.kernel == "linear"}
     values |= {option: option in variant.form for option in OPTIONS.get(variant.kernel, ())}
     values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
-    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": False, "IS_DEPENDENT": False}
+    dependent = variant.arch in DEPENDENT_LAUNCHES
+    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": dependent, "IS_DEPENDENT": dependent}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     source = ASTSource(
@@ -195,7 +197,7 @@ def check(variant: Variant) -> dict:
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
-        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, counting)
+        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, 2 if counting else 1, counting)
     else:
         report = inspect_amd(compiled, variant.arch, counting)
     return row | report
@@ -214,7 +216,9 @@ def check_column_sum(arch: str) -> dict:
     compiled = compile(ASTSource(fn=function, signature=types, constexprs=constants), target=TARGETS[arch])
     row = {"arch": arch, "kernel": "column_sum", "config": "-", "arithmetic": "ieee", "dtype": "fp32"}
     row |= {"activation": None, "known": "none", "output": "bf16", "form": (), "triton": triton.__version__}
-    return row | (inspect_nvidia(compiled, arch, "ieee", None) if arch != "gfx942" else inspect_amd(compiled, arch))
+    return row | (
+        inspect_nvidia(compiled, arch, "ieee", None, gemms=None) if arch != "gfx942" else inspect_amd(compiled, arch)
+    )
 
 
 def check_with(folder: str, args: argparse.Namespace) -> list[dict]:

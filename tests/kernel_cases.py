@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from acceptance import assert_exact
 
 from tpffn_triton.kernels._configs import TABLES, Config, odd_strides
+from tpffn_triton.kernels.activations import halves
+from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # M, N, K: inside one tile of the smallest row, over several, and at odd strides that neither TMA nor cp.async takes.
@@ -66,3 +69,34 @@ def fp32_arithmetic(arithmetic: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+# M, K, N, H: one tile; several; and at odd strides.
+FFN_SHAPES = {"smoke": (24, 32, 40, 32), "tiles": (130, 96, 152, 104), "odd": (67, 45, 71, 37)}
+
+
+def ffn_operands(draw, shape, activation, dtype, device) -> list:
+    """Return x, w1, b1, w2, b2; integers are such that gated activations are exact too."""
+    M, K, N, H = shape
+    W = halves(activation) * N
+    shapes = ((M, K), (W, K), (W,), (H, N), (H,))
+    args = [draw(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes)]
+    if draw is randn:
+        args[1] /= K**0.5
+        args[3] /= N**0.5
+    elif W > N:
+        args = [t.sign() for t in args]
+        saturate_gates(args[2])
+    return args
+
+
+def ffn_results(args, activation) -> tuple:
+    """Return (y, act, pre_act) by separate torch operations."""
+    x, w1, b1, w2, b2 = args
+    pre_act = F.linear(x, w1, b1)
+    act = REFERENCE[activation](pre_act)
+    return F.linear(act, w2, b2), act, pre_act
+
+
+def assert_same(ours, others) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))

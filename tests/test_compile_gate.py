@@ -101,7 +101,7 @@ def test_the_gate_sees_atomics(tmp_path):
         "    for add in (True, False):\n"
         "        source = ASTSource(kernel, {'out': '*fp32', 'ADD': 'constexpr'}, {'ADD': add})\n"
         "        compiled = compile(source, target=gate.TARGETS[arch])\n"
-        "        nvidia = lambda: inspect.inspect_nvidia(compiled, arch, 'ieee', None)\n"
+        "        nvidia = lambda: inspect.inspect_nvidia(compiled, arch, 'ieee', None, gemms=None)\n"
         "        report = inspect.inspect_amd(compiled, arch) if arch == 'gfx942' else nvidia()\n"
         "        print(bool(report['atomics']), bool(report['problems']))\n"
     )

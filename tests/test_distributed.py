@@ -64,8 +64,8 @@ def test_analysed_model_at_p4_through_the_triton_kernels(ranks_of):
     """B=8, S=128, H=1024, F=4096, P=4, bf16: real shapes, forward and backward, every launch counted."""
     for launches, shapes in ranks_of(4).run(analysed_model):
         assert launches == {
-            "linear_act_kernel": 1,
-            "matmul_kernel": 2,
+            "ffn_kernel": 1,
+            "matmul_kernel": 1,
             "linear_dact_kernel": 1,
             "wgrad_kernel": 2,
             "column_sum_kernel": 3,
@@ -141,7 +141,7 @@ def order_of_backward(rank, world_size):
 def test_dx_is_in_flight_behind_every_weight_gradient(ranks_of):
     for events in ranks_of(2).run(order_of_backward):
         backward = ["linear_dact", "dgrad", "start_all_reduce", "wgrad", "wgrad", "column_sum", "wait"]
-        assert events == ["linear_act", "linear", "start_all_reduce", "wait", *backward]
+        assert events == ["ffn_forward", "start_all_reduce", "wait", *backward]
 
 
 def frozen_input(rank, world_size):

@@ -9,45 +9,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from acceptance import assert_accurate, assert_exact
-from kernel_cases import DTYPES, SPLIT, TINY, TMA, fp32_arithmetic, integers, randn, rows_of_tables, saturate_gates
+from kernel_cases import (
+    DTYPES,
+    FFN_SHAPES,
+    SPLIT,
+    TINY,
+    TMA,
+    assert_same,
+    ffn_operands,
+    ffn_results,
+    fp32_arithmetic,
+    integers,
+    randn,
+    rows_of_tables,
+)
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _counters
 from tpffn_triton.kernels._configs import TABLES
-from tpffn_triton.kernels.activations import ACTIVATIONS, halves
+from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.kernels.ffn_single_launch import ffn_single_launch
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.matmul import linear
-from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreter.install()
-
-# M, K, N, H: one tile; several; and at odd strides.
-SHAPES = {"smoke": (24, 32, 40, 32), "tiles": (130, 96, 152, 104), "odd": (67, 45, 71, 37)}
-
-
-def operands(draw, shape, activation, dtype, device) -> list:
-    """Return x, w1, b1, w2, b2; integers are such that gated activations are exact too."""
-    M, K, N, H = shape
-    W = halves(activation) * N
-    shapes = ((M, K), (W, K), (W,), (H, N), (H,))
-    args = [draw(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes)]
-    if draw is randn:
-        args[1] /= K**0.5
-        args[3] /= N**0.5
-    elif W > N:
-        args = [t.sign() for t in args]
-        saturate_gates(args[2])
-    return args
-
-
-def expected(args, activation) -> tuple:
-    """Return (y, act, pre_act) by separate torch operations."""
-    x, w1, b1, w2, b2 = args
-    pre_act = F.linear(x, w1, b1)
-    act = REFERENCE[activation](pre_act)
-    return F.linear(act, w2, b2), act, pre_act
 
 
 def two_launches(args, activation, out_dtype=None, config=None) -> tuple:
@@ -57,18 +43,14 @@ def two_launches(args, activation, out_dtype=None, config=None) -> tuple:
     return linear(act, w2, b2, out_dtype, config), act, pre_act
 
 
-def assert_same(ours, others) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FFN_SHAPES)
 def test_against_fp64(shape, activation, dtype, device):
-    args = operands(randn, SHAPES[shape], activation, dtype, device)
+    args = ffn_operands(randn, FFN_SHAPES[shape], activation, dtype, device)
     ours = ffn_single_launch(*args, activation, True)
-    exact = expected([t.double() for t in args], activation)
-    for name, *tensors in zip(("y", "act", "pre_act"), ours, expected(args, activation), exact, strict=True):
+    exact = ffn_results([t.double() for t in args], activation)
+    for name, *tensors in zip(("y", "act", "pre_act"), ours, ffn_results(args, activation), exact, strict=True):
         assert_accurate(name, *tensors)
     y, act, absent = ffn_single_launch(*args, activation, False)
     assert absent is None
@@ -81,9 +63,9 @@ def test_small_integers_are_exact(activation, config, device):
     """act of relu is rounded to bf16, so y is compared with the fp64 product of that."""
     if config is TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("TMA needs compute capability 9.0")
-    args = operands(integers, SHAPES["tiles"], activation, torch.bfloat16, device)
+    args = ffn_operands(integers, FFN_SHAPES["tiles"], activation, torch.bfloat16, device)
     y, act, pre_act = ffn_single_launch(*args, activation, True, torch.float32, config)
-    _, exact, exact_pre_act = expected([t.double() for t in args], activation)
+    _, exact, exact_pre_act = ffn_results([t.double() for t in args], activation)
     assert_exact("pre_act", pre_act, exact_pre_act)
     assert_exact("act", act, exact)
     assert_exact("y", y, F.linear(act.double(), args[3].double(), args[4].double()))
@@ -96,7 +78,7 @@ def test_every_configuration_row(kernel, arithmetic, config, device):
         pytest.skip("TMA needs compute capability 9.0")
     activation = "swiglu" if kernel.startswith("gated") else "gelu"
     shape = (config.BLOCK_M + 8, 2 * config.BLOCK_K + 16, config.BLOCK_N + 16, 2 * config.BLOCK_N + 16)
-    args = operands(randn, shape, activation, torch.bfloat16 if arithmetic == "16bit" else torch.float32, device)
+    args = ffn_operands(randn, shape, activation, torch.bfloat16 if arithmetic == "16bit" else torch.float32, device)
     with fp32_arithmetic(arithmetic):
         ours = ffn_single_launch(*args, activation, True, config=config)
         assert_same(ours, two_launches(args, activation, config=config))
@@ -108,11 +90,11 @@ def test_analysed_shard(device):
     config = next(row for row in TABLES["sm_90"]["ffn", "16bit"] if row.BLOCK_N == 64)
     if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("TMA needs compute capability 9.0")
-    args = operands(randn, (1024, 1024, 1024, 1024), "gelu", torch.bfloat16, device)
+    args = ffn_operands(randn, (1024, 1024, 1024, 1024), "gelu", torch.bfloat16, device)
     ours = ffn_single_launch(*args, "gelu", True, config=config)
     assert_same(ours, two_launches(args, "gelu", config=config))
-    exact = expected([t.double() for t in args], "gelu")
-    for name, *tensors in zip(("y", "act", "pre_act"), ours, expected(args, "gelu"), exact, strict=True):
+    exact = ffn_results([t.double() for t in args], "gelu")
+    for name, *tensors in zip(("y", "act", "pre_act"), ours, ffn_results(args, "gelu"), exact, strict=True):
         assert_accurate(name, *tensors)
 
 
@@ -120,7 +102,7 @@ def test_analysed_shard(device):
 def test_launches_leave_the_counters_at_zero(activation, device):
     """Many in a row, M changing: nothing of one reaches the next."""
     for M in (5, 300, 64, 300, 33, 1):
-        args = operands(randn, (M, 48, 80, 64), activation, torch.bfloat16, device)
+        args = ffn_operands(randn, (M, 48, 80, 64), activation, torch.bfloat16, device)
         first = ffn_single_launch(*args, activation, True, config=TINY)
         assert_same(first, two_launches(args, activation, config=TINY))
         assert_same(first, ffn_single_launch(*args, activation, True, config=TINY))
@@ -133,14 +115,14 @@ def test_ticket_orders(config, group, device):
     """Row blocks in groups of any size, the last one smaller, give the same bits."""
     if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("TMA needs compute capability 9.0")
-    args = operands(randn, (200, 64, 96, 80), "gelu_tanh", torch.bfloat16, device)
+    args = ffn_operands(randn, (200, 64, 96, 80), "gelu_tanh", torch.bfloat16, device)
     ours = ffn_single_launch(*args, "gelu_tanh", True, config=replace(config, GROUP_M=group))
     assert_same(ours, two_launches(args, "gelu_tanh", config=config))
 
 
 def test_out_dtype_and_missing_biases(device):
     """y in fp32, as partial sums are, is not rounded to 16 bits; and each bias is added where it is given."""
-    x, w1, b1, w2, b2 = operands(randn, SHAPES["tiles"], "gelu", torch.bfloat16, device)
+    x, w1, b1, w2, b2 = ffn_operands(randn, FFN_SHAPES["tiles"], "gelu", torch.bfloat16, device)
     for biases in ((b1, b2), (b1, None), (None, b2), (None, None)):
         args = (x, w1, biases[0], w2, biases[1])
         ours = ffn_single_launch(*args, "gelu", True, torch.float32, TINY)
@@ -149,7 +131,7 @@ def test_out_dtype_and_missing_biases(device):
 
 
 def test_rejected(device):
-    x, w1, b1, w2, b2 = operands(randn, SHAPES["smoke"], "gelu", torch.float32, device)
+    x, w1, b1, w2, b2 = ffn_operands(randn, FFN_SHAPES["smoke"], "gelu", torch.float32, device)
     with pytest.raises(ValueError, match=r"inner dims differ: \(24, 40\) and weight \(32, 39\)"):
         ffn_single_launch(x, w1, b1, w2[:, 1:], b2, "gelu", False)
     with pytest.raises(ValueError, match="activation must be one of"):
@@ -167,7 +149,7 @@ def test_rejected(device):
 @pytest.mark.cpu_only
 def test_a_launch_that_failed_leaves_no_counters(monkeypatch):
     """Its counters are where it left them; the next launch gets others."""
-    args = operands(randn, SHAPES["smoke"], "relu", torch.float32, "cpu")
+    args = ffn_operands(randn, FFN_SHAPES["smoke"], "relu", torch.float32, "cpu")
     expected_y, _, _ = ffn_single_launch(*args, "relu", False, config=TINY)
     (used,) = _counters._of_stream.values()
 
@@ -196,7 +178,7 @@ def test_counters_grow():
 
 @pytest.mark.gpu
 def test_streams_and_graphs_have_counters_of_their_own():
-    args = operands(randn, (300, 64, 96, 80), "gelu", torch.bfloat16, "cuda")
+    args = ffn_operands(randn, (300, 64, 96, 80), "gelu", torch.bfloat16, "cuda")
     expected_y, _, _ = ffn_single_launch(*args, "gelu", False)
     streams = [torch.cuda.Stream() for _ in range(2)]
     graphs, outputs = [], []
@@ -219,7 +201,7 @@ def test_streams_and_graphs_have_counters_of_their_own():
 @pytest.mark.gpu
 def test_ten_thousand_replays():
     """Of launches at several M, captured in one graph."""
-    problems = [operands(randn, (M, 256, 512, 256), "gelu", torch.bfloat16, "cuda") for M in (64, 1000, 257)]
+    problems = [ffn_operands(randn, (M, 256, 512, 256), "gelu", torch.bfloat16, "cuda") for M in (64, 1000, 257)]
     expected_ys = [ffn_single_launch(*args, "gelu", False)[0] for args in problems]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

@@ -15,12 +15,14 @@ import torch
 
 from tpffn_triton import interpreter, native
 from tpffn_triton.kernels.column_sum import column_sum
+from tpffn_triton.kernels.forward import ffn_forward
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad, wgrad_accumulate
 
 _log = logging.getLogger("tpffn_triton")
 _TRITON = SimpleNamespace(
+    ffn_forward=ffn_forward,
     linear_act=linear_act,
     linear=linear,
     linear_into=linear_into,

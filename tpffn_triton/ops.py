@@ -1,5 +1,6 @@
 """Register every kernel as a PyTorch operator: `torch.ops.tpffn.*`.
 
+    ffn_forward(x, w1, b1?, w2, b2?, activation, keep, out_dtype?) -> (y, kept)
     linear_act(x, weight, bias?, activation, save_pre_act) -> (act, pre_act)
     linear(a, weight, bias?, out_dtype?) -> y
     linear_into(y, a, weight, bias?) -> ()    writes y
@@ -73,6 +74,21 @@ def _register(name: str, schema: str, fake: Callable, flops: Callable | None) ->
         register_flop_formula(getattr(torch.ops.tpffn, name))(flops)
 
 
+def _fake_ffn_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    keep: str,
+    out_dtype: torch.dtype | None = None,
+):
+    tokens, width = x.shape[0], {"pre_act": w1.shape[0], "act": w2.shape[1]}.get(keep)
+    kept = x.new_empty((0,) if width is None else (tokens, width))
+    return x.new_empty((tokens, w2.shape[0]), dtype=out_dtype), kept
+
+
 def _fake_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre_act: bool):
     tokens, width = x.shape[0], weight.shape[0]
     N = width // halves(activation)
@@ -115,6 +131,10 @@ def _gemm_flops(a_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * a_shape[0] * weight_shape[0] * weight_shape[1]
 
 
+def _ffn_forward_flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwargs) -> int:
+    return _gemm_flops(x_shape, w1_shape) + _gemm_flops(x_shape, w2_shape)
+
+
 def _linear_into_flops(y_shape, a_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return _gemm_flops(a_shape, weight_shape)
 
@@ -127,6 +147,13 @@ def _wgrad_accumulate_flops(dw_shape, dy_shape, x_shape, *args, out_shape=None, 
     return _wgrad_flops(dy_shape, x_shape)
 
 
+_register(
+    "ffn_forward",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str keep, ScalarType? out_dtype=None)"
+    " -> (Tensor, Tensor)",
+    _fake_ffn_forward,
+    _ffn_forward_flops,
+)
 _register(
     "linear_act",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_pre_act) -> (Tensor, Tensor)",
@@ -162,7 +189,17 @@ _register(
 )
 _register("column_sum", "(Tensor src, ScalarType? out_dtype=None) -> Tensor", _fake_column_sum, None)
 
-_NAMES = ("linear_act", "linear", "linear_into", "linear_dact", "dgrad", "wgrad", "wgrad_accumulate", "column_sum")
+_NAMES = (
+    "ffn_forward",
+    "linear_act",
+    "linear",
+    "linear_into",
+    "linear_dact",
+    "dgrad",
+    "wgrad",
+    "wgrad_accumulate",
+    "column_sum",
+)
 REGISTERED = SimpleNamespace(**{name: getattr(torch.ops.tpffn, name).default for name in _NAMES})
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 

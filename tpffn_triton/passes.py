@@ -5,8 +5,8 @@
     pre_act, d_pre  [M, W], act [M, F/P]; M the product of x's leading dims, W = F/P or, where the activation is
                     gated, 2F/P: gate above (in pre_act: left of) up
 
-    forward   act, pre_act = linear_act(x, w1, b1)      one kernel
-              y            = all_reduce(linear(act, w2, b2 on rank 0))
+    forward   y, pre_act = ffn_forward(x, w1, b1, w2, b2 on rank 0)     one launch or two (kernels/forward.py)
+              y          = all_reduce(y)
     backward  d_pre, act, db1 = linear_dact(dy, w2, pre_act)
               dx           = all_reduce(dgrad(d_pre, w1))        started here ...
               dw2          = wgrad(dy, act)
@@ -105,26 +105,24 @@ def forward(
     tokens = as_rows(x, dtype)
     if call.sequence_parallel:
         tokens = wait(_start_gather(tokens, call))
-    act, pre_act = kernels.linear_act(tokens, as_rows(w1, dtype), b1, activation, keep == "pre_act")
-    del tokens
-    y = _linear2(kernels, act, as_rows(w2, dtype), b2, call)
-    # Not view: autograd refuses to modify a view in place, as `y += residual` does.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), act if keep == "act" else pre_act
-
-
-def _linear2(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Call) -> Tensor:
-    """Return Linear2 of act [M, F/P], summed over the group: y [M, H], or this rank's rows of it."""
-    if call.group is None:
-        return kernels.linear(act, w2, b2)
-    b2 = b2 if call.group.rank() == 0 else None
-    if call.chunks == 1:
-        y = wait(_start_sum(kernels.linear(act, w2, b2, call.reduce_dtype), call))
+    w1, w2 = as_rows(w1, dtype), as_rows(w2, dtype)
+    if call.group is not None and call.group.rank() > 0:
+        b2 = None
+    if call.group is not None and call.chunks > 1:
+        act, pre_act = kernels.linear_act(tokens, w1, b1, activation, keep == "pre_act")
+        kept = act if keep == "act" else pre_act
+        y = _linear2_by_chunks(kernels, act, w2, b2, call).to(dtype)
     else:
-        y = _linear2_by_chunks(kernels, act, w2, b2, call)
-    return y.to(call.dtype)
+        y, kept = kernels.ffn_forward(tokens, w1, b1, w2, b2, activation, keep, call.reduce_dtype)
+        del tokens
+        if call.group is not None:
+            y = wait(_start_sum(y, call)).to(dtype)
+    # Not view: autograd refuses to modify a view in place, as `y += residual` does.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), kept
 
 
 def _linear2_by_chunks(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None, call: Call) -> Tensor:
+    """Return Linear2 of act [M, F/P], summed over the group: y [M, H], or this rank's rows of it."""
     rows = rows_of_a_chunk(act.shape[0], call.chunks)
     if torch.compiler.is_compiling():  # where collectives return new tensors
         parts = [kernels.linear(chunk, w2, b2, call.reduce_dtype) for chunk in act.split(rows)]

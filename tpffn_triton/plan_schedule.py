@@ -99,10 +99,11 @@ def _forward(s: Schedule, p: Partitioning, tp: int, kept: str, sequence_parallel
         s.joined("full_hidden")
         hidden = "full_hidden"
     if p.linear2 == "row":
-        s.add("linear2", "linear", f"{hidden} w2 b2 -> {partial_y}", f"{hidden} @ w2.T")
+        # full_x: both GEMMs are one operator of passes.py, which holds its arguments.
+        held = "full_x" if sequence_parallel else ""
+        s.add("linear2", "linear", f"{hidden} w2 b2 {held} -> {partial_y}", f"{hidden} @ w2.T")
         if tp > 1:
-            # hidden: passes.py holds it until then.
-            s.add("y", "reduce_scatter" if sequence_parallel else "all_reduce", "partial_y hidden -> y")
+            s.add("y", "reduce_scatter" if sequence_parallel else "all_reduce", "partial_y -> y")
     else:
         s.add("linear2", "linear", f"{hidden} w2 b2 -> own_y", f"{hidden} @ w2.T")
         s.gather_features("own_y", "y")
