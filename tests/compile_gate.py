@@ -197,7 +197,7 @@ def check(variant: Variant) -> dict:
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
-        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, counting)
+        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, 2 if counting else 1, counting)
     else:
         report = inspect_amd(compiled, variant.arch, counting)
     return row | report
@@ -216,7 +216,9 @@ def check_column_sum(arch: str) -> dict:
     compiled = compile(ASTSource(fn=function, signature=types, constexprs=constants), target=TARGETS[arch])
     row = {"arch": arch, "kernel": "column_sum", "config": "-", "arithmetic": "ieee", "dtype": "fp32"}
     row |= {"activation": None, "known": "none", "output": "bf16", "form": (), "triton": triton.__version__}
-    return row | (inspect_nvidia(compiled, arch, "ieee", None) if arch != "gfx942" else inspect_amd(compiled, arch))
+    return row | (
+        inspect_nvidia(compiled, arch, "ieee", None, gemms=None) if arch != "gfx942" else inspect_amd(compiled, arch)
+    )
 
 
 def check_with(folder: str, args: argparse.Namespace) -> list[dict]:

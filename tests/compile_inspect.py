@@ -41,22 +41,23 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     return registers, stack, sass
 
 
-def _k_loop(sass: str, instruction: str) -> str:
-    """Return the loop with the most `instruction`s, without loops around it: the main loop. It may hold others, which
-    wait at a barrier."""
+def _k_loops(sass: str, instruction: str) -> list[str]:
+    """Return the loops with `instruction`s, one a GEMM, the shortest of those that overlap: waiting at a barrier is
+    laid out behind everything else, and its branch back looks like a loop too."""
     lines = sass.splitlines()
     labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    loops = {}
+    loops = []
     for i, line in enumerate(lines):
         branch = re.search(r"BRA\S*\s+(?:\S+,\s*)?`\((\.L_x_\d+)\)", line)
         if branch and labels.get(branch.group(1), i) < i:
             start = labels[branch.group(1)]
-            count = sum(bool(re.search(rf"\b{instruction}", body)) for body in lines[start : i + 1])
-            if count:
-                loops[start, i] = count
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    start, end = max(inner, key=loops.get, default=(0, -1))
-    return "\n".join(lines[start : end + 1])
+            if any(re.search(rf"\b{instruction}", body) for body in lines[start : i + 1]):
+                loops.append((start, i))
+    apart: list[tuple[int, int]] = []
+    for start, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        if all(end < other_start or other_end < start for other_start, other_end in apart):
+            apart.append((start, end))
+    return ["\n".join(lines[start : end + 1]) for start, end in apart]
 
 
 def _problems(report: dict, arch: str, counting: bool) -> list[str]:
@@ -73,9 +74,14 @@ def _problems(report: dict, arch: str, counting: bool) -> list[str]:
     return problems
 
 
-def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, counting: bool = False) -> dict:
-    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it; counting: its
-    programs count, as those of the single launch do."""
+def inspect_nvidia(
+    compiled, arch: str, arithmetic: str, copy: str | None, gemms: int | None = 1, counting: bool = False
+) -> dict:
+    """Return resource use and instruction counts of a cubin, with the list of what is wrong with it.
+
+    copy: the instruction that feeds its K loops; gemms: how many K loops it has; counting: its programs count, as those
+    of the single launch do. Counts of instructions are those of the K loop with the fewest.
+    """
     registers, stack, sass = _disassemble(compiled.asm["cubin"])
     linted = lint(compiled.asm["ptx"])
 
@@ -85,14 +91,14 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, count
     # Hopper has no HGMMA for transposed TF32 operands, so triton uses HMMA there.
     tensor_core = r"\w*HG?MMA" if arithmetic == "tf32" else TENSOR_CORES[arch]
     instruction = "FFMA" if arithmetic == "ieee" else tensor_core
-    loop = _k_loop(sass, instruction)
+    loops = _k_loops(sass, instruction) or [""]
     report = {
         "registers": registers,
         "stack": stack,
         "spills": count("LDL", sass) + count("STL", sass),
         "shared": compiled.metadata.shared,
-        "tensor_core": count(tensor_core, loop),
-        "async_copy": count(copy, loop) if copy else 0,
+        "tensor_core": min(count(tensor_core, loop) for loop in loops),
+        "async_copy": min(count(copy, loop) for loop in loops) if copy else 0,
         "atomics": count_atomics(sass),
         "float_atomics": linted.float_atomics,
     }
@@ -102,10 +108,12 @@ def inspect_nvidia(compiled, arch: str, arithmetic: str, copy: str | None, count
     if found != expected:
         problems.append(f"synchronisation: {found}, not {expected}")
     if arithmetic != "ieee" and not report["tensor_core"]:
-        problems.append(f"no {tensor_core} in the K loop")
+        problems.append(f"no {tensor_core} in a K loop")
     if copy and not report["async_copy"]:
-        problems.append(f"no {copy} in the K loop")
-    if copy and count(r"LDG\b", loop):
+        problems.append(f"no {copy} in a K loop")
+    if gemms is not None and len(loops) != gemms:
+        problems.append(f"{len(loops)} K loops for {gemms} GEMMs")
+    if copy and any(count(r"LDG\b", loop) for loop in loops):
         problems.append("loads through registers in the K loop")
     return report | {"problems": problems}
 

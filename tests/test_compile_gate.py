@@ -105,7 +105,7 @@ def test_the_gate_sees_atomics(tmp_path):
         "        def report(counting):\n"
         "            if arch == 'gfx942':\n"
         "                return inspect.inspect_amd(compiled, arch, counting)\n"
-        "            return inspect.inspect_nvidia(compiled, arch, 'ieee', None, counting)\n"
+        "            return inspect.inspect_nvidia(compiled, arch, 'ieee', None, None, counting)\n"
         "        print(bool(report(False)['atomics']), bool(report(False)['problems']))\n"
         "        print(any('floating point' in problem for problem in report(True)['problems']))\n"
     )
