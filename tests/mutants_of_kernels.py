@@ -174,8 +174,8 @@ MUTANTS = {
         ),
         (
             "activation of the rounded pre-activation",
-            "store_tile(act, activate(acc, ACTIVATION)",
-            f"store_tile(act, activate({OF_DTYPE.format('acc', 'act')}, ACTIVATION)",
+            "store_tile(act, activate(part, ACTIVATION)",
+            f"store_tile(act, activate({OF_DTYPE.format('part', 'pre_act')}, ACTIVATION)",
             ROUNDED,
         ),
         (

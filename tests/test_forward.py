@@ -41,6 +41,10 @@ def test_the_form_follows_the_size(arch, M, features, form, activation):
     assert ("size 0" if 0 in (M, features) else str(PROCESSORS[arch])) in choice.why
 
 
+def test_no_outputs():
+    assert forward_form(of(64, 0), of(32, 0), of(0, 32), "gelu", "sm_90").form == TWO
+
+
 def test_the_boundary_is_in_the_table():
     """128×128 tiles of act: one launch up to MOST_WAVES × PROCESSORS of them."""
     tiles = MOST_WAVES["sm_90"] * PROCESSORS["sm_90"]

@@ -1,0 +1,72 @@
+"""The simulator catches every mistake of mutants_of_protocol.py, made in a copy of kernels/."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_cases import TINY
+from mutants_of_protocol import MUTANTS, SIMULATOR
+from schedules import Case
+from shadow_memory import Fault
+
+from tpffn_triton import interpreter
+
+pytestmark = pytest.mark.cpu_only
+interpreter.install()
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+# Seed and residency: programs started in order, and in any; row blocks one at a time, and all together.
+SCHEDULES = [(seed, resident) for seed in range(4) for resident in (None, 2, 1, 3)]
+
+
+@pytest.fixture
+def copy_of_kernels(tmp_path, monkeypatch):
+    """Return a function: (file, text, replacement) → modules of a copy with that change."""
+    package = f"copied_{tmp_path.name}"
+
+    def load(file, text, replacement):
+        shutil.copytree(KERNELS, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        path = tmp_path / package / Path(file).name
+        source = path.read_text()
+        assert source.count(text) == 1
+        path.write_text(source.replace(text, replacement))
+        monkeypatch.syspath_prepend(tmp_path)
+        return [importlib.import_module(f"{package}.{name}") for name in ("ffn_single_launch", "_counters")]
+
+    yield load
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case("gelu", TINY, True)
+
+
+def test_the_copy_without_a_mistake_passes(copy_of_kernels, case):
+    ffn, counters = copy_of_kernels("ffn_single_launch.py", "def publish(", "def publish(")
+    for seed, resident in SCHEDULES[:4]:
+        case.check(ffn.ffn_single_launch, counters, seed, resident)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "replacement"),
+    [
+        pytest.param(file, text, replacement, id=name)
+        for file, mutants in MUTANTS.items()
+        for name, text, replacement, tests in mutants
+        if tests == SIMULATOR
+    ],
+)
+def test_caught(file, text, replacement, copy_of_kernels, case):
+    """In one of the schedules at the latest; by a fault, or by a wrong result."""
+    ffn, counters = copy_of_kernels(file, text, replacement)
+    for number, (seed, resident) in enumerate(SCHEDULES, 1):
+        counters._of_stream.clear()
+        try:
+            case.check(ffn.ffn_single_launch, counters, seed, resident, most_polls=50)
+        except (Fault, AssertionError) as error:
+            print(f"{type(error).__name__} in schedule {number}: {error}")
+            return
+    pytest.fail(f"no schedule of {len(SCHEDULES)} shows it")
