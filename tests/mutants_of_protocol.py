@@ -1,7 +1,8 @@
 """Mistakes in how one launch hands act from one GEMM to the other: file → (name, text, replacement, tests that notice).
 
 The simulator must catch those of the protocol. They are quick, so `make test` makes them too: in
-test_single_launch_mutants.py, beside those that the lint (publish_mutants.py) and the model (protocol_mutants.py) catch.
+test_single_launch_mutants.py, beside those that the lint (publish_mutants.py) and the model (protocol_mutants.py)
+catch.
 """
 
 SIMULATOR = "test_single_launch_schedules.py -k 'any_schedule and gelu-pointers'"
