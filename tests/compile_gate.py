@@ -71,6 +71,8 @@ OPTIONS = {
     "linear": ("HAS_BIAS",),
 }
 OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
+# Of the single launch not all of them: everything; without b2, as on ranks but the first; keeping nothing; nothing.
+FORMS_OF_FFN = [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ("HAS_B1", "HAS_B2"), ()]
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
@@ -106,6 +108,8 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
     everything and that with nothing optional; else that with everything."""
     options = OPTIONS.get(kernel, ())
     if arch in ENFORCED and everything:
+        if kernel.endswith("ffn"):
+            return FORMS_OF_FFN
         return [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
     return [*dict.fromkeys((options, ()))] if arch in ENFORCED and heavy else [options]
 
