@@ -55,8 +55,8 @@ def _ptr(m, n, k, warps, stages, split=False):
     return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
 
 
-KERNELS = ("linear_act", "linear_dact", "gated_linear_act", "gated_linear_dact", "linear", "dgrad", "wgrad")
-_PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
+_PLAIN_GEMMS = ("linear", "dgrad", "wgrad", "weight_grads")
+KERNELS = ("linear_act", "linear_dact", "gated_linear_act", "gated_linear_dact", *_PLAIN_GEMMS)
 
 
 def _table(linear_act, linear_dact, gated_act, gated_dact, gemm, tf32) -> dict[tuple[str, str], tuple[Config, ...]]:
@@ -77,7 +77,11 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     )
-    | {("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),)},
+    | {
+        ("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),),
+        ("weight_grads", "16bit"): (_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 8, 3)),
+        ("weight_grads", "ieee"): (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 2)),
+    },
     "sm_90": _table(
         linear_act=(
             _tma(128, 256, 64, 8, 3, split=True),
@@ -123,6 +127,7 @@ _ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 8, 3),
 _OWN_ODD_STRIDES = {
     ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
+    ("gated_linear_dact", "tf32"): _ptr(32, 32, 32, 8, 3, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
@@ -166,13 +171,14 @@ def in_one_launch(arch: str, tiles: int) -> bool:
     return tiles <= MOST_WAVES[arch] * PROCESSORS[arch]
 
 
-def select(kernel: str, like, rows: int, cols: int) -> Config:
-    """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`.
+def select(kernel: str, like, rows: int, cols: int, arch: str | None = None) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel` in the dtype and on the device of `like`, or on
+    another architecture.
 
     The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
     for three quarters of the processors; else the last.
     """
-    arch = arch_of(like.device)
+    arch = arch or arch_of(like.device)
     table = TABLES[arch][kernel, arithmetic_of(like.dtype)]
     for config in table:
         tall = config.BLOCK_M > 64 and 2 * rows <= config.BLOCK_M

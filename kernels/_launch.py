@@ -100,14 +100,16 @@ def _addressable(t: Operand, by_tma: bool) -> bool:
     )
 
 
-def configuration(kernel: str, chosen: Config | None, rows: int, cols: int, *operands: Operand) -> Config:
+def configuration(
+    kernel: str, chosen: Config | None, rows: int, cols: int, *operands: Operand, arch: str | None = None
+) -> Config:
     """Return the configuration for a [rows, cols] output of `kernel` from these matrices, the output among them: the
-    caller's, or the row of the tables.
+    caller's, or the row of the tables, of the first one's device or of another architecture.
 
     Raises: ValueError: the caller's uses TMA, which cannot address an operand.
     """
     like = operands[0]
-    config = chosen or select(kernel, like, rows, cols)
+    config = chosen or select(kernel, like, rows, cols, arch)
     if all(_addressable(t, config.USE_TMA) for t in operands):
         return config
     if chosen is None:
