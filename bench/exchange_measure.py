@@ -205,7 +205,7 @@ def timeline(rank: Rank, step: Step, trace: str | None) -> dict[str, Any]:
             )  # it held the whole path
     spans = spans_of(profile, rank.device.type)
     collective = [span for span in spans if span[1] == "collective"]
-    wgrads = [span for span in spans if "wgrad" in span[0]]
+    wgrads = [span for span in spans if "wgrad" in span[0] or "weight_grads" in span[0]]
     return {
         "spans": spans,
         "collective_ms": sum(end - begin for _, _, begin, end in collective),

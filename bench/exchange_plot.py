@@ -5,7 +5,8 @@ from typing import Any
 
 import figures
 
-_COMPUTE = {"linear_dact": "#4477aa", "dgrad": "#66ccee", "wgrad": "#228833", "column_sum": "#ccbb44"}
+_COMPUTE = {"linear_dact": "#4477aa", "dgrad": "#66ccee", "wgrad": "#228833", "weight_grads": "#228833"}
+_COMPUTE |= {"column_sum": "#ccbb44"}
 _OTHER, _COLLECTIVE = "#bbbbbb", "#ee6677"
 
 

@@ -55,18 +55,9 @@ def _ptr(m, n, k, warps, stages, split=False):
     return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
 
 
-KERNELS = (
-    "ffn",
-    "gated_ffn",
-    "linear_act",
-    "linear_dact",
-    "gated_linear_act",
-    "gated_linear_dact",
-    "linear",
-    "dgrad",
-    "wgrad",
-)
-_PLAIN_GEMMS = ("linear", "dgrad", "wgrad")
+_PLAIN_GEMMS = ("linear", "dgrad", "wgrad", "weight_grads")
+_OF_ACTIVATIONS = ("ffn", "linear_act", "linear_dact")
+KERNELS = (*_OF_ACTIVATIONS, *(f"gated_{kernel}" for kernel in _OF_ACTIVATIONS), *_PLAIN_GEMMS)
 
 
 def _table(
@@ -92,7 +83,11 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
     )
-    | {("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),)},
+    | {
+        ("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),),
+        ("weight_grads", "16bit"): (_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 8, 3)),
+        ("weight_grads", "ieee"): (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 2)),
+    },
     "sm_90": _table(
         ffn=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 4), _tma(64, 64, 64, 4, 4)),
         gated_ffn=(_tma(128, 128, 64, 8, 3), _tma(128, 64, 64, 4, 3), _tma(64, 64, 64, 4, 4)),
@@ -144,6 +139,7 @@ _ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 8, 3),
 _OWN_ODD_STRIDES = {
     ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
+    ("gated_linear_dact", "tf32"): _ptr(32, 32, 32, 8, 3, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
     ("gated_ffn", "ieee"): _ptr(32, 32, 32, 8, 2),
 }

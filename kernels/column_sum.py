@@ -19,6 +19,14 @@ BLOCK_R = 32
 BLOCK_N = 64
 
 
+@triton.jit
+def add_rows(acc, src_ptr, first_row, offs_n, R, N, stride_src, BLOCK_R: tl.constexpr):
+    """Add the columns offs_n of BLOCK_R rows of src [R, N], zero past its edges, to fp64 sums of such blocks."""
+    offs_r = first_row + tl.arange(0, BLOCK_R)
+    ptrs = src_ptr + offs_r[:, None].to(tl.int64) * stride_src + offs_n[None, :]
+    return acc + tl.load(ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["R"])
 def column_sum_kernel(
     src_ptr, out_ptr, R, N, stride_src, ROWS_PER_PROGRAM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
@@ -28,9 +36,7 @@ def column_sum_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
     for r in range(0, ROWS_PER_PROGRAM, BLOCK_R):
-        offs_r = first_row + r + tl.arange(0, BLOCK_R)
-        ptrs = src_ptr + offs_r[:, None].to(tl.int64) * stride_src + offs_n[None, :]
-        acc += tl.load(ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0).to(tl.float64)
+        acc = add_rows(acc, src_ptr, first_row + r, offs_n, R, N, stride_src, BLOCK_R)
     out_ptrs = out_ptr + tl.program_id(0).to(tl.int64) * N + offs_n
     tl.store(out_ptrs, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=offs_n < N)
 

@@ -5,12 +5,13 @@
     pre_act     [M, W]  same dtype, contiguous, as linear_act stored it; W = N, or 2N: gate and up columns
     d_pre       [M, W]  same dtype: (dy @ weight) ⊙ act'(pre_act)
     act         [M, N]  same dtype: act(pre_act), recomputed for Linear2's weight gradient
-    db_partial  [cdiv(M, BLOCK_M), W] fp32: column sums of the unrounded d_pre, one row per row of tiles
+    db_partial  [cdiv(M, PARTIAL_ROWS), W] fp32: sums of each PARTIAL_ROWS rows of the unrounded d_pre
 
     gated       d_gate = (dy @ weight) ⊙ up ⊙ f'(gate)    d_up = (dy @ weight) ⊙ f(gate)    act = f(gate) ⊙ up
 
-fp32 accumulation, one rounding per stored tensor. The partials are summed afterwards in a fixed order
-(column_sum.py): no atomics, so the bias gradient has the same bits in every run.
+fp32 accumulation, one rounding per stored tensor. The partials are summed afterwards in a fixed order (weight_grads.py,
+column_sum.py): no atomics, so the bias gradient has the same bits in every run. Their shape does not depend on the
+configuration, for tracing has none.
 
 Source: chain rule; recomputing act from pre_act is the memory trade Megatron-LM makes with activation recomputation.
 """
@@ -24,7 +25,6 @@ from ._launch import (
     Launch,
     Operand,
     check_contiguous,
-    check_dtype,
     check_operands,
     configuration,
     fresh,
@@ -34,17 +34,22 @@ from ._launch import (
 )
 from ._tiles import column_parts, gemm_tile, grouped_tile, load_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate_with_derivative, kernel_activation
-from .column_sum import column_sum
+
+# Rows of d_pre that one row of db_partial sums; divides every BLOCK_M.
+PARTIAL_ROWS = 32
+_PARTIAL_ROWS = tl.constexpr(PARTIAL_ROWS)  # the same, for kernels
 
 
 @triton.jit
-def _store_column_sums(tile, dst_ptr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store the sums of an fp32 tile's columns to dst[col : col + BLOCK_N]."""
+def _store_partial_sums(tile, dst, row, col, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the sums of each PARTIAL_ROWS rows of the fp32 tile at (row, col) to dst, a pointer to N columns."""
     offs_m = row + tl.arange(0, BLOCK_M)
-    offs_n = col + tl.arange(0, BLOCK_N)
     # Rows past M hold another row's product on the pointer path: they must not reach the sum.
     rows = tl.where(offs_m[:, None] < M, tile, 0.0)
-    tl.store(dst_ptr + offs_n, tl.sum(rows, axis=0), mask=offs_n < N)
+    PARTIALS: tl.constexpr = BLOCK_M // _PARTIAL_ROWS
+    sums = tl.sum(tl.reshape(rows, (PARTIALS, _PARTIAL_ROWS, BLOCK_N)), axis=1)
+    partials = tl.cdiv(M, _PARTIAL_ROWS)
+    store_tile(dst, sums, row // _PARTIAL_ROWS, col, partials, N, stride, PARTIALS, BLOCK_N, False)
 
 
 @triton.jit
@@ -73,7 +78,7 @@ def _dact_store(
     grad = acc * derivative
     store_tile(d_pre, grad, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
     if STORE_DB:
-        _store_column_sums(grad, db_partial_ptr + tile_m.to(tl.int64) * N, row, col, M, N, BLOCK_M, BLOCK_N)
+        _store_partial_sums(grad, db_partial_ptr, row, col, M, N, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -138,7 +143,6 @@ def _gated_dact_store(
     USE_TMA: tl.constexpr,
 ):
     row = tile_m * BLOCK_M
-    sums_ptr = db_partial_ptr + tile_m.to(tl.int64) * 2 * N
     z = load_tile(gate, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
     value, derivative = activate_with_derivative(z, ACTIVATION)
     # First what does not need up: fewer tiles are alive at once.
@@ -146,14 +150,14 @@ def _gated_dact_store(
     acc *= derivative
     store_tile(d_up, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
     if STORE_DB:
-        _store_column_sums(grad, sums_ptr + N, row, col, M, N, BLOCK_M, BLOCK_N)
+        _store_partial_sums(grad, db_partial_ptr + N, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N)
     factor = load_tile(up, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA).to(tl.float32)
     if STORE_ACT:
         store_tile(act, value * factor, row, col, M, N, N, BLOCK_M, BLOCK_N, USE_TMA)
     grad = acc * factor
     store_tile(d_gate, grad, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N, USE_TMA)
     if STORE_DB:
-        _store_column_sums(grad, sums_ptr, row, col, M, N, BLOCK_M, BLOCK_N)
+        _store_partial_sums(grad, db_partial_ptr, row, col, M, N, 2 * N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -200,21 +204,21 @@ def gated_linear_dact_kernel(
 
 
 @prepared_once
-def _prepare(dy, weight, pre_act, activation, need_act, db_dtype, arithmetic, config) -> tuple:
-    """Return M, N, the width of pre_act, the height of db_partial, and the launch, if there is anything to compute."""
+def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, config) -> tuple:
+    """Return M, N, the width of pre_act, and the launch, if there is anything to compute."""
     dy, weight, pre_act = Operand(*dy), Operand(*weight), Operand(*pre_act)
     M, N, K = check_operands("linear_dact", dy, weight, trans_b=False)
     gated = activation in GATED_ACTIVATIONS
     width = 2 * N if gated else N
     check_contiguous("linear_dact pre_act", pre_act, (M, width), like=dy)
     constant = kernel_activation(activation, dy.dtype.itemsize)
-    if db_dtype is not None:
-        check_dtype("linear_dact db", db_dtype)
     if M == 0 or N == 0:
-        return M, N, width, 0, None
+        return M, N, width, None
     act = fresh(M, N, dy)
     name = "gated_linear_dact" if gated else "linear_dact"
     config = configuration(name, config, M, N, dy, weight, pre_act, act)
+    if config.BLOCK_M % PARTIAL_ROWS:
+        raise ValueError(f"{name}: BLOCK_M must be a multiple of {PARTIAL_ROWS}, got {config.BLOCK_M}")
     half = Operand((M, N), (width, 1), dy.dtype, dy.device, 0)
     stored = (config.BLOCK_M, config.STORED_N)
     launch = Launch(
@@ -231,11 +235,11 @@ def _prepare(dy, weight, pre_act, activation, need_act, db_dtype, arithmetic, co
         | {
             "ACTIVATION": constant,
             "STORE_ACT": need_act,
-            "STORE_DB": db_dtype is not None,
+            "STORE_DB": need_db,
             "PRECISION": _configs.PRECISION[arithmetic],
         },
     )
-    return M, N, width, triton.cdiv(M, config.BLOCK_M), launch
+    return M, N, width, launch
 
 
 def linear_dact(
@@ -244,28 +248,26 @@ def linear_dact(
     pre_act: torch.Tensor,
     activation: str,
     need_act: bool,
-    db_dtype: torch.dtype | None,
+    need_db: bool,
     config: _configs.Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launch `linear_dact_kernel` or `gated_linear_dact_kernel`, and the second pass of the bias gradient; shapes as in
-    the module docstring.
+    """Launch `linear_dact_kernel` or `gated_linear_dact_kernel`; shapes as in the module docstring.
 
-    Returns (d_pre [M, W], act [M, N] or None, db [W] in db_dtype or None where that is None). `config` overrides the
+    Returns (d_pre [M, W], act [M, N] or None, db_partial [cdiv(M, PARTIAL_ROWS), W] or None). `config` overrides the
     table.
 
     Raises: ValueError: an unknown activation; shapes, dtypes, devices, strides or a `config` that do not fit (the
     message shows them).
     """
-    M, N, width, partials, launch = _prepare(
-        signature(dy), signature(weight), signature(pre_act), activation, need_act, db_dtype,
+    M, N, width, launch = _prepare(
+        signature(dy), signature(weight), signature(pre_act), activation, need_act, need_db,
         _configs.arithmetic_of(dy.dtype), config,
     )  # fmt: skip
     d_pre = dy.new_empty((M, width))
     act = dy.new_empty((M, N)) if need_act else None
-    if launch is None:
-        return d_pre, act, dy.new_zeros((width,), dtype=db_dtype) if db_dtype else None
-    db_partial = dy.new_empty((partials, width), dtype=torch.float32) if db_dtype else None
-    halves = (pre_act, d_pre) if width == N else (pre_act, pre_act[:, N:], d_pre, d_pre[:, N:])
-    # A launch has no argument that is absent.
-    launch(dy, weight, *halves, d_pre if act is None else act, dy if db_partial is None else db_partial)
-    return d_pre, act, None if db_partial is None else column_sum(db_partial, db_dtype)
+    db_partial = dy.new_empty((triton.cdiv(M, PARTIAL_ROWS), width), dtype=torch.float32) if need_db else None
+    if launch is not None:
+        halves = (pre_act, d_pre) if width == N else (pre_act, pre_act[:, N:], d_pre, d_pre[:, N:])
+        # A launch has no argument that is absent.
+        launch(dy, weight, *halves, d_pre if act is None else act, dy if db_partial is None else db_partial)
+    return d_pre, act, db_partial

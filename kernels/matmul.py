@@ -120,6 +120,36 @@ def matmul_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def wgrad_tile(
+    tile,
+    dy,
+    x,
+    dw,
+    M,
+    N,
+    K,
+    stride_dy,
+    stride_x,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT_EPILOGUE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of dw [N, K] = dy [M, N].T @ x [M, K], or += with ACCUMULATE: the tokens are the reduction, so
+    BLOCK_M × BLOCK_N tiles cover [N, K] and BLOCK_K steps through M."""
+    tile_m, tile_n = grouped_tile(tile, N, K, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = gemm_tile(
+        dy, x, tile_m, tile_n, N, K, M, stride_dy, stride_x,
+        True, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    )  # fmt: skip
+    _store(acc, dw, tile_m * BLOCK_M, tile_n * BLOCK_N, N, K, ACCUMULATE, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
+
+
 @triton.jit(do_not_specialize=["M"])
 def wgrad_kernel(
     dy,
@@ -139,14 +169,11 @@ def wgrad_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dw [N, K] = dy [M, N].T @ x [M, K], or += with ACCUMULATE: the tokens are the reduction, so BLOCK_M × BLOCK_N
-    tiles cover [N, K] and BLOCK_K steps through M."""
-    tile_m, tile_n = grouped_tile(tl.program_id(0), N, K, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = gemm_tile(
-        dy, x, tile_m, tile_n, N, K, M, stride_dy, stride_x,
-        True, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
+    """dw [N, K] = dy [M, N].T @ x [M, K], or += with ACCUMULATE."""
+    wgrad_tile(
+        tl.program_id(0), dy, x, dw, M, N, K, stride_dy, stride_x,
+        ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_EPILOGUE, USE_TMA, PRECISION,
     )  # fmt: skip
-    _store(acc, dw, tile_m * BLOCK_M, tile_n * BLOCK_N, N, K, ACCUMULATE, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
 
 
 @prepared_once

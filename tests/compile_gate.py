@@ -28,7 +28,7 @@ from compile_report import ENFORCED, configurations, describe, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul
+from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul, weight_grads
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
 from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
@@ -62,6 +62,10 @@ SPECS = {
     "linear": (matmul.matmul_kernel, {"a": "MK", "b": "NK", "out": "Mn"}),
     "dgrad": (matmul.matmul_kernel, {"a": "MK", "b": "KN", "out": "Mn"}),
     "wgrad": (matmul.wgrad_kernel, {"dy": "KM", "x": "KN", "dw": "Mn"}),
+    "weight_grads": (
+        weight_grads.weight_grads_kernel,
+        {"d_pre": "KM", "x": "KN", "dy": "KM", "act": "KN", "dw1": "Mn", "dw2": "Mn"},
+    ),
 }
 # What a kernel does only if asked: its forms are the combinations.
 OPTIONS = {
@@ -69,6 +73,7 @@ OPTIONS = {
     "linear_act": ("HAS_BIAS", "SAVE_PRE_ACT"),
     "linear_dact": ("STORE_ACT", "STORE_DB"),
     "linear": ("HAS_BIAS",),
+    "weight_grads": ("HAS_DB1", "HAS_DB2"),
 }
 OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
 # Of the single launch not all of them: everything; without b2, as on ranks but the first; keeping nothing; nothing.
@@ -76,9 +81,12 @@ FORMS_OF_FFN = [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ("HAS_B1", "HAS_B2")
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
+# Sizes that go by other names than M, N and K.
+SIZES = {"M": "M", "N": "N", "K": "K", "W": "N", "F": "N", "H": "K", "R": "M", "T": "M"}
 ADDED = "fp32 +="
 # What a kernel stores where it is asked for another dtype than its operands'.
-OUTPUTS = {"ffn": ("fp32",), "gated_ffn": ("fp32",), "linear": ("fp32",), "dgrad": ("fp32",), "wgrad": ("fp32", ADDED)}
+OUTPUTS = dict.fromkeys(("ffn", "gated_ffn", "linear", "dgrad"), ("fp32",))
+OUTPUTS |= dict.fromkeys(("wgrad", "weight_grads"), ("fp32", ADDED))
 
 
 class Variant(NamedTuple):
@@ -142,13 +150,9 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     function, blocks = SPECS[variant.kernel]
     config, known = variant.config, KNOWN[variant.known]
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
-    dtypes = {
-        "dw": variant.output.removesuffix(" +="),
-        "out": variant.output,
-        "y": variant.output,
-        "db_partial_ptr": "fp32",
-    }
-    dtypes["counters_ptr"] = "i32"
+    stored = variant.output.removesuffix(" +=")
+    dtypes = dict.fromkeys(("dw", "dw1", "dw2", "db1_ptr", "db2_ptr", "out", "y"), stored)
+    dtypes |= {"db_partial_ptr": "fp32", "counters_ptr": "i32"}
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
@@ -158,8 +162,8 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
             continue
         if name in blocks or name.endswith("_ptr"):
             types[name], kind = f"*{dtype}", "ptr"
-        elif name.startswith("stride") or name in ("M", "N", "K", "H"):
-            types[name], kind = "i32", "K" if name.startswith("stride") else "N" if name == "H" else name
+        elif name.startswith("stride") or name in SIZES:
+            types[name], kind = "i32", SIZES.get(name, "K")
         else:
             types[name], kind = "constexpr", ""
         if kind in known:

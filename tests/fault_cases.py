@@ -102,7 +102,7 @@ FAULTS = [
     # goes on after an error or a backward that it alone has left out
     Fault("out of memory in forward, rank goes on", P(out_of_memory, kernel="linear", then=3), TIMED_OUT, COMPARING),
     Fault("out of memory in backward, rank goes on", P(out_of_memory, kernel="dgrad", then=3), GONE, GONE),
-    Fault("out of memory at its end, rank goes on", P(out_of_memory, kernel="column_sum", then=3), GONE, GONE),
+    Fault("out of memory at its end, rank goes on", P(out_of_memory, kernel="weight_grads", then=3), GONE, GONE),
     Fault(
         "slices: out of memory in backward, rank goes on",
         P(out_of_memory, kernel="dgrad", then=3, **SLICES),

@@ -25,6 +25,7 @@ from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
+from tpffn_triton.kernels.weight_grads import weight_grads
 
 PATTERN = 0xA5
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -77,15 +78,18 @@ def main() -> None:
                     (wgrad(dy, x), dy.t() @ x),
                     (column_sum(dy), dy.sum(0)),
                 ]
-                linear_dact(dy, w2, pre_act, activation, True, torch.float32)
+                _, act, db_partial = linear_dact(dy, w2, pre_act, activation, True, True)
+                gradients = weight_grads(pre_act, x, dy, act, db_partial, dy)
                 accumulated = randn(K, K, dtype=torch.float32).zero_()
                 wgrad_accumulate(accumulated, dy, x)
                 torch.Tensor.new_empty = new_empty
                 outputs.append((accumulated, (dy.t() @ x).float()))
+                expected = (pre_act.t() @ x, dy.t() @ act, db_partial.sum(0), dy.sum(0))
+                outputs += zip(gradients, expected, strict=True)
                 tolerance = 1e-4 if dtype == torch.float32 else 0.3
                 for ours, eager in outputs:
                     torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
-                calls += 7
+                calls += 8
     for beside in _surroundings:
         assert (beside == PATTERN).all(), "written beside an operand"
     if "--overrun" in sys.argv:

@@ -47,7 +47,7 @@ class Operators(TorchDispatchMode):
 def step(layer, x, dy) -> None:
     """Run forward and backward."""
     y = layer(x)
-    torch.autograd.grad(y, (x, *layer.parameters()), dy)
+    torch.autograd.grad(y, (x, *(p for p in layer.parameters() if p.requires_grad)), dy)
 
 
 def main() -> None:
@@ -60,9 +60,10 @@ def main() -> None:
 
     stub(sys.argv[1], launched)
     layers = {}
-    for activation in ("gelu", "swiglu"):
+    for name, activation in (("gelu", "gelu"), ("swiglu", "swiglu"), ("w1 frozen", "gelu")):
         for size in (64, 61):
-            layers[activation, size] = tp.TensorParallelFFN(size, 2 * size, activation=activation, dtype=torch.bfloat16)
+            layers[name, size] = tp.TensorParallelFFN(size, 2 * size, activation=activation, dtype=torch.bfloat16)
+            layers[name, size].linear_fc1.weight.requires_grad_(name != "w1 frozen")
     for tokens in TOKENS:
         for (_, size), layer in layers.items():
             x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)

@@ -41,32 +41,31 @@ def saturate_gates(t):
 
 
 def compare_exact(name, ours, eager, exact, noise=None):
+    """Do what acceptance.assert_accurate does, for small integers."""
     assert_exact(name, ours, exact)
 
 
-def rows_of_tables(*endings: str) -> Iterator:
-    """Yield (kernel, arithmetic, config) of every row of kernels whose name has one of these endings, once for all
-    architectures that share it."""
-    seen = set()
+def rows_of(*kernels: str) -> list:
+    """Return (kernel, arithmetic, config) of every row of these kernels, once where sm_80 and sm_90 share it."""
+    found = {}
     for arch in ("sm_80", "sm_90"):
         for (kernel, arithmetic), rows in TABLES[arch].items():
-            if not kernel.endswith(endings):
-                continue
-            for config in (*rows, odd_strides(kernel, arithmetic)):
-                if (kernel, arithmetic, config) not in seen:
-                    seen.add((kernel, arithmetic, config))
-                    tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
-                    name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
-                    yield pytest.param(kernel, arithmetic, config, id=name)
+            for config in (*rows, odd_strides(kernel, arithmetic)) if kernel in kernels else ():
+                tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
+                name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
+                found[kernel, arithmetic, config] = pytest.param(kernel, arithmetic, config, id=name)
+    return [*found.values()]
 
 
 @contextlib.contextmanager
-def fp32_arithmetic(arithmetic: str) -> Iterator[None]:
-    """Make fp32 matmuls TF32 in the block, or IEEE."""
+def running(config: Config, arithmetic: str, device: str) -> Iterator[torch.dtype]:
+    """Yield the dtype to try a row with, fp32 GEMMs set to its arithmetic; skips what this GPU cannot run."""
+    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("TMA needs compute capability 9.0")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
     try:
-        yield
+        yield torch.bfloat16 if arithmetic == "16bit" else torch.float32
     finally:
         torch.set_float32_matmul_precision(before)
 

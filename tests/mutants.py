@@ -38,6 +38,7 @@ import mutants_of_package
 import mutants_of_partitionings
 import mutants_of_protocol
 import mutants_of_ranks
+import mutants_of_weight_grads
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("kernels", "tpffn_triton", "tests", "bench")  # bench: for tests/jit_launches.py
@@ -87,6 +88,7 @@ SOURCES = (
     mutants_of_communication,
     mutants_of_costs,
     mutants_of_ranks,
+    mutants_of_weight_grads,
 )
 MUTANTS = [
     Mutant(name, file, *rest)

@@ -67,8 +67,8 @@ MUTANTS = {
     "tpffn_triton/plan_schedule.py": [
         (
             "dx waited for before dw1",
-            'else ("dw2", "dw1", "db2")',
-            'else ("dw2",)',
+            'else ("db1", "dw2", "dw1", "db2")',
+            'else ("db1", "dw2")',
             "test_plan_sequence_parallel.py -k analysed",
         ),
         (

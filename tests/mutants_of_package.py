@@ -3,6 +3,7 @@
 VALUES = "test_functional.py -k 'test_values_and_gradients and float32 and {}'"
 RANKS = "test_distributed.py -k 'ranks_equal_the_unsharded_reference and 2- and float32-native and {}'"
 AUTOCAST = "test_precision.py -k autocast"
+SLICES = "test_sequence_parallel.py -k autocast_and_main_grad"
 SECOND = "test_pytorch.py -k second_derivatives"
 FAULTS = "test_faults.py -k 'clear_error and {}'"
 IN_FLIGHT = "test_distributed.py -k in_flight"
@@ -47,7 +48,7 @@ MUTANTS = {
             "main_grad of the other weight",
             "wanted.weights[which]",
             "wanted.weights[1 - which]",
-            "test_precision.py -k main_grad_accumulates",
+            SLICES,
         ),
         (
             "gradient of a frozen weight computed",
@@ -59,13 +60,19 @@ MUTANTS = {
             "weight gradient through autocast's dtype",
             "kernels.wgrad(dy, x, wanted.dtypes[1 + which])",
             "kernels.wgrad(dy, x).to(wanted.dtypes[1 + which])",
-            AUTOCAST,
+            SLICES,
         ),
         (
             "db2 through autocast's dtype",
             "kernels.column_sum(own_dy, wanted.dtypes[4])",
             "kernels.column_sum(own_dy)",
-            AUTOCAST,
+            SLICES,
+        ),
+        (
+            "db1 through autocast's dtype",
+            "kernels.column_sum(db_partial, wanted.dtypes[3])",
+            "kernels.column_sum(db_partial, dtype)",
+            SLICES,
         ),
     ],
     "tpffn_triton/functional.py": [

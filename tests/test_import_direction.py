@@ -30,7 +30,7 @@ LAYERS = (
     ("transforms",),
     ("functional", "partitioned"),
     ("module",),
-    ("replicated_grads", "comparison"),
+    ("replicated_grads", "comparison", "explanation"),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

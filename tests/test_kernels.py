@@ -11,19 +11,20 @@ from kernel_cases import (
     TINY,
     TMA,
     compare_exact,
-    fp32_arithmetic,
     integers,
     randn,
-    rows_of_tables,
+    rows_of,
+    running,
     saturate_gates,
 )
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch
+from tpffn_triton.kernels._configs import KERNELS, Config
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
-from tpffn_triton.kernels.linear_dact import linear_dact
+from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS, linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad, wgrad_accumulate
 from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 
@@ -38,11 +39,12 @@ def eager_linear_act(x, weight, bias, activation):
 
 
 def eager_linear_dact(dy, weight, pre_act, activation):
-    """Return (d_pre, act, db) by separate torch operations and autograd."""
+    """Return (d_pre, act, db_partial) by separate torch operations and autograd."""
     z = pre_act.detach().requires_grad_()
     act = REFERENCE[activation](z)
     (d_pre,) = torch.autograd.grad(act, z, dy @ weight)
-    return d_pre, act.detach(), d_pre.sum(0)
+    partials = [rows.sum(0) for rows in d_pre.to(torch.promote_types(d_pre.dtype, torch.float32)).split(PARTIAL_ROWS)]
+    return d_pre, act.detach(), torch.stack(partials)
 
 
 def check_linear_act(draw, compare, shape, activation, dtype, device, config=None):
@@ -75,14 +77,15 @@ def check_linear_dact(draw, compare, shape, activation, dtype, device, config=No
     elif width > N:
         args = [t.sign() for t in args]
         saturate_gates(args[2])
-    ours = linear_dact(*args, activation, True, args[0].dtype, config)
+    ours = linear_dact(*args, activation, True, True, config)
     eager = eager_linear_dact(*args, activation)
     exact = eager_linear_dact(*(t.double() for t in args), activation)
     for name, *tensors in zip(("d_pre", "act"), ours[:2], eager[:2], exact[:2], strict=True):
         compare(name, *tensors)
     # The interpreter adds a tile's rows one after the other, a GPU pairwise: twice the noise of one rounding.
-    compare("db", ours[2], eager[2], exact[2], noise=2 * exact[0].square().sum(0).sqrt())
-    d_pre, act, db = linear_dact(*args, activation, False, None, config)
+    terms = [rows.square().sum(0).sqrt() for rows in exact[0].split(PARTIAL_ROWS)]
+    compare("db_partial", ours[2], eager[2], exact[2], noise=2 * torch.stack(terms))
+    d_pre, act, db = linear_dact(*args, activation, False, False, config)
     assert torch.equal(d_pre, ours[0])
     assert act is None
     assert db is None
@@ -146,16 +149,14 @@ def test_small_integers_are_exact(shape, activation, config, dtype, device):
         check_gemm(integers, compare_exact, kernel, SHAPES[shape], dtype, device, config)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "arithmetic", "config"), list(rows_of_tables("linear_act", "linear_dact", "linear", "dgrad", "wgrad"))
-)
+IN_THIS_FILE = [kernel for kernel in KERNELS if not kernel.endswith(("ffn", "weight_grads"))]
+
+
+@pytest.mark.parametrize(("kernel", "arithmetic", "config"), rows_of(*IN_THIS_FILE))
 def test_every_configuration_row(kernel, arithmetic, config, device):
     """Two tiles and a bit in every direction, for each row of sm_80 and sm_90."""
-    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
-    dtype = torch.bfloat16 if arithmetic == "16bit" else torch.float32
     shape = (config.BLOCK_M + 8, config.BLOCK_N + 16, 2 * config.BLOCK_K + 16)
-    with fp32_arithmetic(arithmetic):
+    with running(config, arithmetic, device) as dtype:
         if kernel.endswith("linear_act"):
             activation = "geglu" if kernel.startswith("gated") else "relu"
             check_linear_act(integers, compare_exact, shape, activation, dtype, device, config)
@@ -227,9 +228,10 @@ def test_empty_dims(M, H, F, activation, device):
     act, pre_act = linear_act(x, w1, torch.ones(W, device=device), activation, True)
     assert torch.equal(pre_act, torch.full((M, W), 1.0 + H, device=device))
     assert torch.equal(linear(act, w2, torch.ones(H, device=device)), torch.ones(M, H, device=device))
-    d_pre, again, db = linear_dact(x, w2, pre_act, activation, True, torch.float32)
+    d_pre, again, db_partial = linear_dact(x, w2, pre_act, activation, True, True)
     torch.testing.assert_close(again, act)
-    assert torch.equal(db, torch.zeros(W, device=device))
+    assert torch.equal(db_partial, torch.zeros(-(-M // PARTIAL_ROWS), W, device=device))
+    assert torch.equal(column_sum(db_partial), torch.zeros(W, device=device))
     dw = torch.ones(W, H, device=device)
     wgrad_accumulate(dw, d_pre, x)
     assert torch.equal(dw, 1 + d_pre.t() @ x)
@@ -248,12 +250,12 @@ def test_nan_is_never_hidden(device):
         assert act[2].isnan().all()
         assert not act[[0, 1, 3]].isnan().any()
         pre_act = torch.ones(4, weight.shape[0], device=device)
-        d_pre, _, _ = linear_dact(x, torch.ones(16, 8, device=device), pre_act, activation, False, None)
+        d_pre, _, _ = linear_dact(x, torch.ones(16, 8, device=device), pre_act, activation, False, False)
         assert d_pre[2].isnan().all()
         assert not d_pre[[0, 1, 3]].isnan().any()
         pre_act[2, 5] = float("nan")
         ones = torch.ones(4, 16, device=device), torch.ones(16, 8, device=device)
-        d_pre, act, _ = linear_dact(*ones, pre_act, activation, True, None)
+        d_pre, act, _ = linear_dact(*ones, pre_act, activation, True, False)
         assert torch.equal(act.isnan(), REFERENCE[activation](pre_act).isnan())
         assert not d_pre[[0, 1, 3]].isnan().any()
 
@@ -261,8 +263,8 @@ def test_nan_is_never_hidden(device):
 def test_launches_repeat_bit_for_bit(device):
     """The same inputs give the same bits, bias gradients included."""
     dy, weight, pre_act = (randn(*s, dtype=torch.bfloat16, device=device) for s in ((300, 64), (64, 96), (300, 96)))
-    first = linear_dact(dy, weight, pre_act, "gelu", True, torch.float32)
-    for again in (linear_dact(dy, weight, pre_act, "gelu", True, torch.float32) for _ in range(3)):
+    first = linear_dact(dy, weight, pre_act, "gelu", True, True)
+    for again in (linear_dact(dy, weight, pre_act, "gelu", True, True) for _ in range(3)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -281,20 +283,23 @@ def test_launches_repeat_bit_for_bit(device):
         (lambda t: linear_into(t(4, 5), t(4, 8), t(6, 8), None), r"out: expected contiguous \(4, 6\).*got \(4, 5\)"),
         (lambda t: wgrad(t(4, 8), t(5, 8)), r"dy \(4, 8\) and x \(5, 8\) differ in tokens"),
         (
-            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, torch.float32),
+            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, True),
             r"expected contiguous \(4, 6\)",
         ),
         (lambda t: column_sum(t(4)), r"expected a 2-D tensor .* got \(4,\)"),
         (lambda t: linear_act(t(4, 8), t(6, 8), None, "gulu", False), "must be one of .* got 'gulu'"),
         (
-            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "gulu", True, None),
+            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "gulu", True, True),
             "must be one of .* got 'gulu'",
         ),
         (
             lambda t: linear_act(t(0, 8), t(6, 8), None, "gelu_16bit", False),
             "must be one of .* got 'gelu_16bit'",
         ),
-        (lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "relu", True, torch.int32), "db: dtype torch.int32 is not"),
+        (
+            lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 6), "relu", True, True, Config(16, 32, 32, 4, 2)),
+            "BLOCK_M must be a multiple of 32, got 16",
+        ),
         (lambda t: wgrad(t(4, 8), t(4, 6), torch.float64), "dw: dtype torch.float64 is not"),
         (lambda t: column_sum(t(4, 8), torch.int32), "out: dtype torch.int32 is not"),
         (lambda t: linear(t(4, 9), t(6, 9), None, None, TMA), r"linear: TMA cannot address every one of .*\(4, 9\)"),

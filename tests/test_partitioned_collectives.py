@@ -129,8 +129,8 @@ def order_of_backward(rank, world_size, partitioning):
 
 
 BACKWARDS = {
-    "column_row": "linear_dact dgrad START wgrad column_sum wgrad wait",
-    "row_row": "linear_dact START wgrad column_sum wait dgrad START wgrad wait",
+    "column_row": "linear_dact dgrad START weight_grads wait",
+    "row_row": "linear_dact START column_sum wgrad column_sum wait dgrad START wgrad wait",
     "column_column": "dgrad START wgrad column_sum wait dact column_sum dgrad START wgrad wait",
     "row_column": "dgrad START activate wgrad column_sum wait dact column_sum dgrad START wgrad wait",
 }

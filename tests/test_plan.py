@@ -76,7 +76,8 @@ def test_the_analysed_model_through_the_command() -> None:
     tensors = {t["name"]: t for t in plan["tensors"]}
     for name in ("w1", "w2", "dw1", "dw2"):
         assert (tensors[name]["shape"], tensors[name]["bytes"]) == ([1024, 1024], 4 * 2**20)
-    for name in tensors.keys() - {"w1", "b1", "w2", "b2", "dw1", "db1", "dw2", "db2"}:
+    assert (tensors["db1_partial"]["shape"], tensors["db1_partial"]["bytes"]) == ([32, 1024], 128 * 2**10)
+    for name in tensors.keys() - {"w1", "b1", "w2", "b2", "dw1", "db1", "dw2", "db2", "db1_partial"}:
         assert tensors[name]["shape"] == [8, 128, 1024], name
     totals = plan["totals"]
     flops = [totals[f"flops_{key}"] for key in ("forward", "backward", "backward_all_ranks")]
@@ -128,9 +129,9 @@ def test_shapes_and_bytes_of_an_odd_shape() -> None:
     weights = {"w1": (9, 7), "b1": (9,), "w2": (7, 9), "b2": (7,)}
     activations = dict.fromkeys(("x", "partial_y", "y", "dy", "partial_dx", "dx"), (3, 5, 7))
     features = dict.fromkeys(("pre_act", "hidden", "d_pre"), (3, 5, 9))
-    gradients = {f"d{name}": shape for name, shape in weights.items()}
+    gradients = {f"d{name}": shape for name, shape in weights.items()} | {"db1_partial": (1, 9)}
     assert shapes(plan) == weights | activations | features | gradients
-    assert all(t.bytes == 2 * t.elements for t in plan.tensors)
+    assert all(t.bytes == (4 if t.name == "db1_partial" else 2) * t.elements for t in plan.tensors)
     assert plan.totals["parameter_bytes"] == 2 * (2 * 63 + 9 + 7)
     # Chunks of 27, 26, 26, 26: a rank that leaves out two of 26 sends 210 - 52.
     counts = [(c.elements, c.bytes, c.sent_per_rank, c.sent_total_bytes) for c in plan.collectives]
@@ -141,13 +142,14 @@ def test_hbm_traffic_counts_each_operand_and_output_once() -> None:
     m, h, shard = 15, 7, 9
     x, hid, w = m * h, m * shard, h * shard
     by_gemm = {"linear1": x + w + shard + 2 * hid, "linear2": hid + w + h + x, "dx": hid + w + x}
-    by_gemm |= {"d_hidden": x + w + 3 * hid + shard, "dw2": x + hid + w, "dw1": hid + x + w}
+    partial = 2 * shard  # one row in fp32, for up to 32 tokens
+    by_gemm |= {"d_hidden": x + w + 3 * hid + partial, "dw2": x + hid + w, "dw1": hid + x + w}
     plan = plan_ffn(3, 5, 7, 36, 4, dtype="fp16")
     assert {g.name: g.hbm_bytes for g in plan.gemms} == {name: 2 * count for name, count in by_gemm.items()}
     got, forward = plan.totals, 2 * (by_gemm["linear1"] + by_gemm["linear2"])
     assert got["hbm_bytes_forward"] == forward
-    sum_of_dy = 2 * (x + h)
-    assert got["hbm_bytes_backward"] == 2 * sum(by_gemm[g] for g in ("dx", "d_hidden", "dw2", "dw1")) + sum_of_dy
+    sums = 2 * (x + h + partial + shard)
+    assert got["hbm_bytes_backward"] == 2 * sum(by_gemm[g] for g in ("dx", "d_hidden", "dw2", "dw1")) + sums
     assert got["flops_per_hbm_byte_forward"] == 4 * m * h * shard / forward
 
 
@@ -169,7 +171,7 @@ def test_the_analysed_model_gated_by_hand(capsys: pytest.CaptureFixture[str]) ->
     assert gemms == {
         "linear1": ((1024, 2048, 1024), 2**32, 24 * mib + 8192),
         "linear2": ((1024, 1024, 1024), 2**31, 12 * mib + 4096),
-        "d_hidden": ((1024, 1024, 1024), 2**31, 28 * mib + 8192),
+        "d_hidden": ((1024, 1024, 1024), 2**31, 28 * mib + mib // 4),
         "dx": ((1024, 1024, 2048), 2**32, 20 * mib),
         "dw2": ((1024, 1024, 1024), 2**31, 12 * mib),
         "dw1": ((2048, 1024, 1024), 2**32, 20 * mib),
@@ -177,7 +179,7 @@ def test_the_analysed_model_gated_by_hand(capsys: pytest.CaptureFixture[str]) ->
     totals = plan["totals"]
     flops = [totals[f"flops_{key}"] for key in ("forward", "backward", "forward_all_ranks")]
     assert flops == [3 * 2**31, 6 * 2**31, 12 * 2**31]
-    assert totals["hbm_bytes_backward"] == 84 * mib + 8192 + 4096
+    assert totals["hbm_bytes_backward"] == 84 * mib + 2 * mib // 4 + 8192 + 4096  # db1's partial sums, twice
     assert totals["parameter_bytes"] == 12 * mib + 8192 + 4096
     assert (plan["saved_for_backward"], totals["saved_bytes"]) == (["x", "pre_act"], 12 * mib)
     assert totals["saved_bytes_eager"] == 20 * mib
@@ -189,7 +191,7 @@ def test_the_analysed_model_gated_by_hand(capsys: pytest.CaptureFixture[str]) ->
 def test_no_bias_drops_every_bias_everywhere() -> None:
     plan = plan_ffn(3, 5, 7, 36, 4, bias=False)
     named = {name for g in plan.kernels for name in (*g.reads, *g.writes)} | {*shapes(plan)}
-    assert not named & {"b1", "b2", "db1", "db2"}
+    assert not named & {"b1", "b2", "db1", "db1_partial", "db2"}
     assert plan.totals["parameter_bytes"] == 4 * 2 * 63
 
 
@@ -265,7 +267,7 @@ def test_text_output_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
         "x [8, 128, 1024] 1048576 4194304 4 MiB",
         "w1 [1024, 1024] 1048576 4194304 4 MiB this rank's output features; paper layout 1024 x 1024",
         "d_hidden backward dy @ w2 1024, 1024, 1024 2147483648 2.147 GFLOP",
-        "backward 8589934592 8.59 GFLOP 34.36 GFLOP 62922752 60.01 MiB 136.5",
+        "backward 8589934592 8.59 GFLOP 34.36 GFLOP 63184896 60.26 MiB 135.9",
         "this package, save=pre_act x, pre_act 8388608 8 MiB",
         "eager F.linear, activation, F.linear x, pre_act, hidden 12582912 12 MiB",
         "forward linear1: none; ",

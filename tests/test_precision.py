@@ -14,6 +14,7 @@ from tpffn_triton.kernels.activations import ACTIVATIONS, activate_with_derivati
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
+from tpffn_triton.kernels.weight_grads import weight_grads
 from tpffn_triton.reference import ACTIVATIONS as REFERENCE
 from tpffn_triton.reference import ffn_reference
 
@@ -38,17 +39,18 @@ def test_fp32_precision_follows_torch(setting):
         torch.backends.cuda.matmul.fp32_precision = before[1]
 
 
-@pytest.mark.parametrize("kernel", ["linear_act", "gated", "linear_dact", "linear", "dgrad", "wgrad"])
+@pytest.mark.parametrize("kernel", ["linear_act", "gated", "linear_dact", "linear", "dgrad", "wgrad", "weight_grads"])
 def test_fp32_precision_reaches_every_kernel(kernel, device):
     """On the same operands TF32 gives other bits, and IEEE its own again: prepared launches are not mixed up."""
     x, w1, w2 = (torch.randn(s, generator=torch.manual_seed(0)).to(device) for s in ((32, 64), (48, 64), (64, 48)))
     call = {
         "linear_act": lambda: linear_act(x, w1, None, "relu", False)[0],
         "gated": lambda: linear_act(x, w1, None, "swiglu", False)[0],
-        "linear_dact": lambda: linear_dact(x, w2, x[:, :48].contiguous(), "relu2", False, None)[0],
+        "linear_dact": lambda: linear_dact(x, w2, x[:, :48].contiguous(), "relu2", False, False)[0],
         "linear": lambda: linear(x, w1, None),
         "dgrad": lambda: dgrad(x, w2),
         "wgrad": lambda: wgrad(x, x),
+        "weight_grads": lambda: weight_grads(x, x, x, x, None, None)[0],
     }[kernel]
     before = torch.get_float32_matmul_precision()
     results = []
@@ -101,7 +103,7 @@ def test_every_stored_tensor_is_rounded_once(activation, dtype, device):
     stored = pre_act.double().requires_grad_()
     from_stored = REFERENCE[activation](stored)
     (d_pre,) = torch.autograd.grad(from_stored, stored, problem.dy.double() @ problem.w2.double())
-    ours_d_pre, again, _ = linear_dact(problem.dy, problem.w2, pre_act, activation, True, None)
+    ours_d_pre, again, _ = linear_dact(problem.dy, problem.w2, pre_act, activation, True, False)
     for name, ours, exactly in (
         ("pre_act", pre_act, z),
         ("act", act, REFERENCE[activation](z)),

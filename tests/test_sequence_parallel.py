@@ -101,14 +101,14 @@ def order_of_backward(rank, world_size, save):
 
 
 def test_gathers_and_the_scatter_are_in_flight_behind_gemms(ranks_of):
-    """x's gather behind linear_dact, dgrad and dw2; dx's reduce-scatter behind every weight and bias gradient."""
-    gather, gradients = "start_all_gather", ["dgrad", "start_reduce_scatter", "wgrad"]
+    """x's gather behind linear_dact, dgrad, db1 and dw2; dx's reduce-scatter behind every weight and bias gradient."""
+    gather, gradients = "start_all_gather", ["dgrad", "start_reduce_scatter"]
     for events in ranks_of(2).run(order_of_backward, "pre_act"):
         before = [gather, "wait", gather, "linear_dact"]
-        assert events == [*before, *gradients, "wait", "wgrad", "column_sum", "wait"]
+        assert events == [*before, *gradients, "column_sum", "wgrad", "wait", "wgrad", "column_sum", "wait"]
     for events in ranks_of(2).run(order_of_backward, "nothing"):
         before = [gather, "wait", gather, "linear_act", "wait", "linear_dact"]
-        assert events == [*before, *gradients, "wgrad", "column_sum", "wait"]
+        assert events == [*before, *gradients, "weight_grads", "wait"]
 
 
 def saved_tensors(rank, world_size):
@@ -342,6 +342,8 @@ def autocast_and_main_grad(rank, world_size):
 
     with CountCollectives() as collectives:
         plain = results(ffn, (x, w1, w2, b1, b2), dy)
+    for name, gradient in zip(NAMES[2:], plain[2:], strict=True):
+        assert not torch.equal(gradient, gradient.bfloat16().float()), f"{name} went through bf16"
     whole, part = 4 * 3 * 32 * 2, 4 * 3 * 32 * 2 // world_size
     assert collectives.counts == {GATHER: [3, 3 * part], SCATTER: [2, 2 * whole]}, "sent in autocast's dtype"
     x, w1, w2, b1, b2 = (t.detach().clone().requires_grad_() for t in (x, w1, w2, b1, b2))

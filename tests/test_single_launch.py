@@ -18,10 +18,10 @@ from kernel_cases import (
     assert_same,
     ffn_operands,
     ffn_results,
-    fp32_arithmetic,
     integers,
     randn,
-    rows_of_tables,
+    rows_of,
+    running,
 )
 
 from tpffn_triton import interpreter
@@ -71,15 +71,13 @@ def test_small_integers_are_exact(activation, config, device):
     assert_exact("y", y, F.linear(act.double(), args[3].double(), args[4].double()))
 
 
-@pytest.mark.parametrize(("kernel", "arithmetic", "config"), list(rows_of_tables("ffn")))
+@pytest.mark.parametrize(("kernel", "arithmetic", "config"), rows_of("ffn", "gated_ffn"))
 def test_every_configuration_row(kernel, arithmetic, config, device):
     """Two tiles and a bit in every direction, bit for bit as two launches with the same tiles."""
-    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
     activation = "swiglu" if kernel.startswith("gated") else "gelu"
     shape = (config.BLOCK_M + 8, 2 * config.BLOCK_K + 16, config.BLOCK_N + 16, 2 * config.BLOCK_N + 16)
-    args = ffn_operands(randn, shape, activation, torch.bfloat16 if arithmetic == "16bit" else torch.float32, device)
-    with fp32_arithmetic(arithmetic):
+    with running(config, arithmetic, device) as dtype:
+        args = ffn_operands(randn, shape, activation, dtype, device)
         ours = ffn_single_launch(*args, activation, True, config=config)
         assert_same(ours, two_launches(args, activation, config=config))
 

@@ -5,6 +5,7 @@ TensorParallelFFN    the same as a module
 reduce_replicated_grads    after backward under sequence parallelism
 CollectiveError      a collective failed, or a rank did not come to compare arguments
 compare_ranks, comparing_every_call    find out why ranks drift apart
+explain              which kernels a layer launches at a size, with which tiles, and why
 backend              what computes on a device: compiled Triton, interpreted Triton, or torch and oneDNN
 sharding, reference, plan    cut weights, compare with eager, count shapes and communication
 """
@@ -12,6 +13,7 @@ sharding, reference, plan    cut weights, compare with eager, count shapes and c
 from tpffn_triton.agreement import comparing_every_call
 from tpffn_triton.backends import backend
 from tpffn_triton.comparison import compare_ranks
+from tpffn_triton.explanation import explain
 from tpffn_triton.functional import ffn
 from tpffn_triton.group_store import CollectiveError
 from tpffn_triton.machines import Machine
@@ -26,6 +28,7 @@ __all__ = [
     "backend",
     "compare_ranks",
     "comparing_every_call",
+    "explain",
     "ffn",
     "reduce_replicated_grads",
 ]

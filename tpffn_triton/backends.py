@@ -19,6 +19,7 @@ from tpffn_triton.kernels.forward import ffn_forward
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad, wgrad_accumulate
+from tpffn_triton.kernels.weight_grads import weight_grads, weight_grads_accumulate
 
 _log = logging.getLogger("tpffn_triton")
 _TRITON = SimpleNamespace(
@@ -31,6 +32,8 @@ _TRITON = SimpleNamespace(
     wgrad=wgrad,
     wgrad_accumulate=wgrad_accumulate,
     column_sum=column_sum,
+    weight_grads=weight_grads,
+    weight_grads_accumulate=weight_grads_accumulate,
 )
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS
+from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.reference import ACTIVATIONS
 
 _ACTIVATE = ACTIVATIONS | {"relu2": lambda z: F.relu(z).square_()}
@@ -104,11 +105,18 @@ def linear_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def linear_dact(
-    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
+    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, need_db: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or None, the first's column sums or None)."""
+    """Return ((dy @ weight) ⊙ act'(pre_act), act(pre_act) or None, the first's partial column sums or None: here all
+    rows are summed in the first)."""
     d_pre, value = dact(dgrad(dy, weight), pre_act, activation, need_act)
-    return d_pre, value, None if db_dtype is None else d_pre.sum(0, dtype=db_dtype)
+    if not need_db:
+        return d_pre, value, None
+    tokens, width = d_pre.shape
+    dtype = torch.promote_types(d_pre.dtype, torch.float32)
+    db_partial = d_pre.new_zeros((-(-tokens // PARTIAL_ROWS), width), dtype=dtype)
+    db_partial[:1] = d_pre.sum(0, dtype=dtype)
+    return d_pre, value, db_partial
 
 
 def dact(d_act: Tensor, pre_act: Tensor, activation: str, need_act: bool) -> tuple[Tensor, Tensor | None]:
@@ -145,3 +153,45 @@ def wgrad_accumulate(dw: Tensor, dy: Tensor, x: Tensor) -> None:
 def column_sum(src: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """Return the sum of src's rows."""
     return src.sum(0, dtype=out_dtype or src.dtype)
+
+
+def weight_grads(
+    d_pre: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    act: Tensor,
+    db_partial: Tensor | None,
+    db2_src: Tensor | None,
+    w1_dtype: torch.dtype | None = None,
+    w2_dtype: torch.dtype | None = None,
+    b1_dtype: torch.dtype | None = None,
+    b2_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return (d_pre.T @ x, dy.T @ act, the sums of the columns of the other two, None where one is)."""
+    biases = _bias_grads(db_partial, db2_src, b1_dtype, b2_dtype)
+    return wgrad(d_pre, x, w1_dtype), wgrad(dy, act, w2_dtype), *biases
+
+
+def weight_grads_accumulate(
+    dw1: Tensor,
+    dw2: Tensor,
+    d_pre: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    act: Tensor,
+    db_partial: Tensor | None,
+    db2_src: Tensor | None,
+    b1_dtype: torch.dtype | None = None,
+    b2_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Add d_pre.T @ x to dw1 and dy.T @ act to dw2; return the column sums."""
+    wgrad_accumulate(dw1, d_pre, x)
+    wgrad_accumulate(dw2, dy, act)
+    return _bias_grads(db_partial, db2_src, b1_dtype, b2_dtype)
+
+
+def _bias_grads(
+    db_partial: Tensor | None, db2_src: Tensor | None, b1_dtype: torch.dtype | None, b2_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    db1 = None if db_partial is None else column_sum(db_partial, b1_dtype)
+    return db1, None if db2_src is None else column_sum(db2_src, b2_dtype)

@@ -4,11 +4,15 @@
     linear_act(x, weight, bias?, activation, save_pre_act) -> (act, pre_act)
     linear(a, weight, bias?, out_dtype?) -> y
     linear_into(y, a, weight, bias?) -> ()    writes y
-    linear_dact(dy, weight, pre_act, activation, need_act, db_dtype?) -> (d_pre, act, db)
+    linear_dact(dy, weight, pre_act, activation, need_act, need_db) -> (d_pre, act, db_partial)
     dgrad(dy, weight, out_dtype?) -> dx
     wgrad(dy, x, out_dtype?) -> dw
     wgrad_accumulate(dw, dy, x) -> ()         adds to dw
     column_sum(src, out_dtype?) -> out
+    weight_grads(d_pre, x, dy, act, db_partial?, db2_src?, w1_dtype?, w2_dtype?, b1_dtype?, b2_dtype?)
+        -> (dw1, dw2, db1, db2)
+    weight_grads_accumulate(dw1, dw2, d_pre, x, dy, act, db_partial?, db2_src?, b1_dtype?, b2_dtype?)
+        -> (db1, db2)                         adds to dw1 and dw2
 
 Shapes and dtypes: kernels/; an output that is not asked for is an empty tensor, [0]. Each has CUDA and CPU
 implementations (backends.py chooses), a fake one for tracing, and a FLOP formula for torch.utils.flop_counter; under
@@ -25,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tpffn_triton.backends import implementation
 from tpffn_triton.kernels.activations import halves
+from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 
 _library = library.Library("tpffn", "DEF")
 
@@ -68,7 +73,7 @@ def _register(name: str, schema: str, fake: Callable, flops: Callable | None) ->
     _library.impl(name, run_on_cpu, "CPU")
     _library.impl(name, run_on_cuda, "CUDA")
     library.register_fake(f"tpffn::{name}", fake, lib=_library)
-    if not schema.endswith("()"):
+    if "!" not in schema:  # an element of a batch is a copy
         library.register_vmap(f"tpffn::{name}", run_batch, lib=_library)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.tpffn, name))(flops)
@@ -103,11 +108,14 @@ def _fake_linear_into(y: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None)
     return None
 
 
-def _fake_linear_dact(
-    dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, db_dtype: torch.dtype | None
-):
-    act = dy.new_empty((dy.shape[0], weight.shape[1]) if need_act else (0,))
-    return dy.new_empty(pre_act.shape), act, dy.new_empty((pre_act.shape[1] if db_dtype else 0,), dtype=db_dtype)
+def _fake_linear_dact(dy: Tensor, weight: Tensor, pre_act: Tensor, activation: str, need_act: bool, need_db: bool):
+    tokens, width = pre_act.shape
+    act = dy.new_empty((tokens, weight.shape[1]) if need_act else (0,))
+    db_partial = dy.new_empty((0,))
+    if need_db:
+        rows = (tokens + PARTIAL_ROWS - 1) // PARTIAL_ROWS
+        db_partial = dy.new_empty((rows, width), dtype=torch.promote_types(dy.dtype, torch.float32))
+    return dy.new_empty(pre_act.shape), act, db_partial
 
 
 def _fake_dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None):
@@ -124,6 +132,41 @@ def _fake_wgrad_accumulate(dw: Tensor, dy: Tensor, x: Tensor):
 
 def _fake_column_sum(src: Tensor, out_dtype: torch.dtype | None = None):
     return src.new_empty((src.shape[1],), dtype=out_dtype)
+
+
+def _fake_bias_grad(src: Tensor | None, dtype: torch.dtype | None, like: Tensor):
+    return like.new_empty((0,)) if src is None else _fake_column_sum(src, dtype)
+
+
+def _fake_weight_grads(
+    d_pre: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    act: Tensor,
+    db_partial: Tensor | None,
+    db2_src: Tensor | None,
+    w1_dtype: torch.dtype | None = None,
+    w2_dtype: torch.dtype | None = None,
+    b1_dtype: torch.dtype | None = None,
+    b2_dtype: torch.dtype | None = None,
+):
+    biases = _fake_bias_grad(db_partial, b1_dtype, d_pre), _fake_bias_grad(db2_src, b2_dtype, d_pre)
+    return _fake_wgrad(d_pre, x, w1_dtype), _fake_wgrad(dy, act, w2_dtype), *biases
+
+
+def _fake_weight_grads_accumulate(
+    dw1: Tensor,
+    dw2: Tensor,
+    d_pre: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    act: Tensor,
+    db_partial: Tensor | None,
+    db2_src: Tensor | None,
+    b1_dtype: torch.dtype | None = None,
+    b2_dtype: torch.dtype | None = None,
+):
+    return _fake_bias_grad(db_partial, b1_dtype, dw1), _fake_bias_grad(db2_src, b2_dtype, dw1)
 
 
 def _gemm_flops(a_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -145,6 +188,14 @@ def _wgrad_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
 
 def _wgrad_accumulate_flops(dw_shape, dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
     return _wgrad_flops(dy_shape, x_shape)
+
+
+def _weight_grads_flops(d_pre_shape, x_shape, dy_shape, act_shape, *args, out_shape=None, **kwargs) -> int:
+    return _wgrad_flops(d_pre_shape, x_shape) + _wgrad_flops(dy_shape, act_shape)
+
+
+def _weight_grads_accumulate_flops(dw1_shape, dw2_shape, *matrices, out_shape=None, **kwargs) -> int:
+    return _weight_grads_flops(*matrices)
 
 
 _register(
@@ -174,7 +225,7 @@ _register(
 )
 _register(
     "linear_dact",
-    "(Tensor dy, Tensor weight, Tensor pre_act, str activation, bool need_act, ScalarType? db_dtype)"
+    "(Tensor dy, Tensor weight, Tensor pre_act, str activation, bool need_act, bool need_db)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_linear_dact,
     _gemm_flops,
@@ -188,17 +239,25 @@ _register(
     _wgrad_accumulate_flops,
 )
 _register("column_sum", "(Tensor src, ScalarType? out_dtype=None) -> Tensor", _fake_column_sum, None)
+_register(
+    "weight_grads",
+    "(Tensor d_pre, Tensor x, Tensor dy, Tensor act, Tensor? db_partial, Tensor? db2_src, ScalarType? w1_dtype=None,"
+    " ScalarType? w2_dtype=None, ScalarType? b1_dtype=None, ScalarType? b2_dtype=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_weight_grads,
+    _weight_grads_flops,
+)
+_register(
+    "weight_grads_accumulate",
+    "(Tensor(a!) dw1, Tensor(b!) dw2, Tensor d_pre, Tensor x, Tensor dy, Tensor act, Tensor? db_partial,"
+    " Tensor? db2_src, ScalarType? b1_dtype=None, ScalarType? b2_dtype=None) -> (Tensor, Tensor)",
+    _fake_weight_grads_accumulate,
+    _weight_grads_accumulate_flops,
+)
 
 _NAMES = (
-    "ffn_forward",
-    "linear_act",
-    "linear",
-    "linear_into",
-    "linear_dact",
-    "dgrad",
-    "wgrad",
-    "wgrad_accumulate",
-    "column_sum",
+    *("ffn_forward", "linear_act", "linear", "linear_into", "linear_dact", "dgrad", "wgrad", "wgrad_accumulate"),
+    *("weight_grads", "weight_grads_accumulate", "column_sum"),
 )
 REGISTERED = SimpleNamespace(**{name: getattr(torch.ops.tpffn, name).default for name in _NAMES})
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

@@ -10,7 +10,8 @@ all, which partitionings.py's table steers, each with the fusion and the overlap
     forward     Linear1, bias and activation in one kernel if column-parallel; else its partial sums are exchanged
                 first, and bias and activation are passes over memory
     backward    d_hidden and d_pre in one kernel if Linear2 is row-parallel; else the partial sums of d_hidden are
-                exchanged first. Linear2's gradients are computed behind the first exchange, Linear1's behind that of dx
+                exchanged first. Linear2's gradients are computed behind the first exchange, Linear1's behind that of
+                dx; in column_row, where dx's is the first, both and the biases' in one operator
 
 Collectives join dim 0: those along features take one more copy, as they do in Megatron-LM's.
 """
@@ -198,10 +199,18 @@ def _backward(
     first = p.hidden.backward or p.pre_act.backward  # the exchange before Linear1's gradients, if there is one
     db1 = db2 = None
     if p.hidden.backward is None:
-        d_pre, hidden, db1 = kernels.linear_dact(dy, w2, pre_act, activation, True, b1_dtype)
-        d_pre = call.start(first, d_pre)
+        d_pre, hidden, db_partial = kernels.linear_dact(dy, w2, pre_act, activation, True, b1_dtype is not None)
         if first is None:
             dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
+            sources = None if b1_dtype is None else db_partial, None if b2_dtype is None else dy
+            dw1, dw2, db1, db2 = kernels.weight_grads(d_pre, x, dy, hidden, *sources, *dtypes[1:])
+            del d_pre, hidden
+            dx = call.finish(p.x.backward, dx)
+            return dx, dw1, dw2, None if b1_dtype is None else db1, None if b2_dtype is None else db2
+        d_pre = call.start(first, d_pre)
+        if b1_dtype is not None:
+            db1 = kernels.column_sum(db_partial, b1_dtype)
+        del db_partial
     else:
         d_hidden = call.start(first, call.by_rank(first, kernels.dgrad(dy, w2)))
         hidden = native.activate(pre_act, activation) if hidden is None else hidden
@@ -215,10 +224,9 @@ def _backward(
         del d_hidden
         if b1_dtype is not None:
             db1 = kernels.column_sum(d_pre, b1_dtype)
-    elif first is not None:
+    else:
         d_pre = call.finish(first, d_pre, halves(activation))
-    if first is not None:
-        dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
+    dx = call.start(p.x.backward, kernels.dgrad(d_pre, w1))
     dw1 = kernels.wgrad(d_pre, x, w1_dtype)
     del d_pre
-    return call.finish(p.x.backward, dx), dw1, dw2, None if b1_dtype is None else db1, db2
+    return call.finish(p.x.backward, dx), dw1, dw2, db1, db2

@@ -7,19 +7,20 @@
 
     forward   y, pre_act = ffn_forward(x, w1, b1, w2, b2 on rank 0)     one launch or two (kernels/forward.py)
               y          = all_reduce(y)
-    backward  d_pre, act, db1 = linear_dact(dy, w2, pre_act)
+    backward  d_pre, act, db_partial = linear_dact(dy, w2, pre_act)
               dx           = all_reduce(dgrad(d_pre, w1))        started here ...
-              dw2          = wgrad(dy, act)
-              dw1          = wgrad(d_pre, x)
-              db2          = column_sum(dy)
+              dw1, dw2, db1, db2 = weight_grads(d_pre, x, dy, act, db_partial)
                                                                  ... waited for here
 
 Megatron-LM's two linears are two autograd functions, so dx's all-reduce hides behind dw1 alone; here it hides behind
-every weight and bias gradient. Gradients nobody asks for are not computed, and what only they need is not saved.
+every weight and bias gradient. Gradients nobody asks for are not computed, and what only they need is not saved: with
+one weight alone, each gradient is an operator of its own.
 
 With sequence parallelism x [S/P, ...] is gathered before linear_act, and reduce-scatter takes the all-reduce's place.
-Backward gathers dy and then, since the slice alone is kept, x: in flight behind linear_dact, dgrad and dw2. To compute
-again it needs x first; dy is then in flight behind linear_act. db2 is of this rank's tokens.
+Backward gathers dy and then, since the slice alone is kept, x: in flight behind linear_dact, dgrad and whatever of the
+gradients does without x, so these are not one operator: db1 = column_sum(db_partial), dw2 = wgrad(dy, act), and then
+dw1 = wgrad(d_pre, x), db2 = column_sum(dy). To compute again it needs x first; dy is then in flight behind linear_act.
+db2 is of this rank's tokens.
 
 With row chunks, y's all-reduce of each is in flight behind the GEMM of the next. With reduce_dtype the partial sums of
 y and dx are stored, sent and added in that dtype, and rounded once more at the end.
@@ -198,24 +199,31 @@ def backward(
         x = _start_gather(x, call)
     dx = dw1 = dw2 = db1 = db2 = None
     if need_d_pre:
-        db1_dtype = wanted.dtypes[3] if need_b1 else None
-        d_pre, again, db1 = kernels.linear_dact(dy, w2, pre_act, activation, need_w2 and act is None, db1_dtype)
+        d_pre, again, db_partial = kernels.linear_dact(dy, w2, pre_act, activation, need_w2 and act is None, need_b1)
         act = again if act is None else act
         del again, pre_act  # each tensor is let go of before the next one is allocated
         if need_x:
             dx = kernels.dgrad(d_pre, w1, call.reduce_dtype)
             if group is not None:
                 dx = _start_sum(dx, call)
-    if need_w2:
-        dw2 = _weight_grad(kernels, dy, act, wanted, 1)
-    del act, dy
-    if need_w1:
-        dw1 = _weight_grad(kernels, d_pre, wait(x) if x_in_flight else x, wanted, 0)
-    if need_b2:
-        db2 = kernels.column_sum(own_dy, wanted.dtypes[4])
+    if need_w1 and need_w2 and not x_in_flight:
+        biases = db_partial if need_b1 else None, own_dy if need_b2 else None
+        dw1, dw2, db1, db2 = _weight_grads(kernels, (d_pre, x, dy, act), biases, wanted)
+        del act, dy, biases
+    else:
+        if need_b1:
+            db1 = kernels.column_sum(db_partial, wanted.dtypes[3])
+            del db_partial
+        if need_w2:
+            dw2 = _weight_grad(kernels, dy, act, wanted, 1)
+        del act, dy
+        if need_w1:
+            dw1 = _weight_grad(kernels, d_pre, wait(x) if x_in_flight else x, wanted, 0)
+        if need_b2:
+            db2 = kernels.column_sum(own_dy, wanted.dtypes[4])
     if dx is not None:
         dx = (dx if group is None else wait(dx)).view(wanted.shape).to(wanted.dtypes[0])
-    return dx, dw1, dw2, db1 if need_b1 else None, db2
+    return dx, dw1, dw2, db1 if need_b1 else None, db2 if need_b2 else None
 
 
 def _start_gather(t: Any, call: Call) -> Tensor:
@@ -223,11 +231,25 @@ def _start_gather(t: Any, call: Call) -> Tensor:
     return start_all_gather(t.contiguous(), call.group)
 
 
+def _weight_grads(kernels: Any, matrices: tuple, biases: tuple, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    if wanted.weights is None:
+        return kernels.weight_grads(*matrices, *biases, *wanted.dtypes[1:])
+    weights: Any = wanted.weights
+    w1, w2 = weights
+    db1, db2 = kernels.weight_grads_accumulate(w1.main_grad, w2.main_grad, *matrices, *biases, *wanted.dtypes[3:])
+    return _added(w1), _added(w2), db1, db2
+
+
 def _weight_grad(kernels: Any, dy: Tensor, x: Tensor | None, wanted: Wanted, which: int) -> Tensor | None:
     if wanted.weights is None:
         return kernels.wgrad(dy, x, wanted.dtypes[1 + which])
     weight: Any = wanted.weights[which]
     kernels.wgrad_accumulate(weight.main_grad, dy, x)
+    return _added(weight)
+
+
+def _added(weight: Any) -> Tensor | None:
+    """Return the gradient of a weight whose main_grad has been added to."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

@@ -27,11 +27,11 @@
 A GEMM of linear1 (x @ w1.T, dx, dw1) is 2·M·H·W FLOPs, one of linear2 2·M·H·F/P, in every partitioning; element-wise
 work is not counted. 2 are forward, 4 backward, and with save="nothing" linear1 once more.
 
-HBM traffic is the minimum, one kernel per GEMM and per pass over memory (the sums for db2 and some db1; in some
-partitionings bias, activation and copies by themselves): each operand is read once and each output written once, in
-`dtype`. Backward writes `hidden` again because dw2 reads it (with save="nothing" the recomputed linear1 does); b2 is
-read by rank 0, which these figures describe. Not counted: operands read twice because a cache missed, the fp32 partial
-sums of db1 and db2, the collectives' own traffic.
+HBM traffic is the minimum of every GEMM and every pass over memory (the sums for db1 and db2; in some partitionings
+bias, activation and copies by themselves): each operand is read once and each output written once, in `dtype`, but the
+partial sums of db1 in fp32. Backward writes `hidden` again because dw2 reads it (with save="nothing" the recomputed
+linear1 does); b2 is read by rank 0, which these figures describe. Not counted: operands read twice because a cache
+missed, the fp32 partial sums of db2, the collectives' own traffic.
 
 Peak memory: the most that is alive at once on a rank, parameters, gradients, x and dy included (plan_schedule.py).
 Communication: plan_communication.py. Units: bytes, FLOPs and elements, as exact integers; `sent_*` count elements.
@@ -43,6 +43,7 @@ from __future__ import annotations
 from math import prod
 
 from tpffn_triton.kernels.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.partitionings import KEEP, PARTITIONINGS, Partitioning
 from tpffn_triton.plan_communication import collectives, no_communication, overlaps, reasons
 from tpffn_triton.plan_communication import ring_all_reduce as ring_all_reduce
@@ -90,7 +91,7 @@ def plan_ffn(
     p = PARTITIONINGS[partitioning if tp > 1 else "column_row"]  # one rank has everything anyway
     gated = activation in GATED_ACTIVATIONS
     sequence_parallel = sequence_parallel and tp > 1
-    absent = (() if bias else ("b1", "b2", "db1", "db2")) + (() if gated else ("gate_act",))
+    absent = (() if bias else ("b1", "b2", "db1", "db1_partial", "db2")) + (() if gated else ("gate_act",))
     operations = schedule(p, tp, save=save, sequence_parallel=sequence_parallel, gated=gated, absent=absent)
     named = {"x", "y", "dy", "gate_act", *(name for op in operations for name in (*op.reads, *op.writes))}
     every = _tensors(p, batch, seq, hidden, ffn, tp, gated, DTYPE_BYTES[dtype], sequence_parallel)
@@ -226,6 +227,7 @@ def _tensors(
         ("d_hidden_by_rank", (tp, m, f // tp), by_rank),
         ("d_hidden", (*tokens, f // part), own_hidden),
         ("d_pre", (*tokens, halves * f // part), own_pre),
+        ("db1_partial", (-(-m // PARTIAL_ROWS), halves * f // part), f"fp32 sums of d_pre over {PARTIAL_ROWS} tokens"),
         ("full_d_pre_by_rank", (tp, m, halves * f // tp), by_rank),
         ("full_d_pre", (*tokens, halves * f), "all-gathered"),
         ("partial_dx", (*tokens, h), term.format("dx")),
@@ -237,4 +239,5 @@ def _tensors(
         ("dw2", shards["w2"], "as w2"),
         ("db2", shards["b2"], db2),
     ]
-    return [Tensor(name, shape, prod(shape), prod(shape) * itemsize, where) for name, shape, where in named]
+    sizes = {"db1_partial": DTYPE_BYTES["fp32"]}
+    return [Tensor(name, shape, prod(shape), prod(shape) * sizes.get(name, itemsize), at) for name, shape, at in named]
