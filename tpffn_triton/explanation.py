@@ -100,7 +100,8 @@ def explain(
         raise ValueError(f"arch must be one of {', '.join(TABLES)}, got {arch!r}")
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}")
-    M = torch.Size(shape[:-1]).numel() * (world_size if sequence_parallel else 1)
+    own_tokens = torch.Size(shape[:-1]).numel()
+    M = own_tokens * (world_size if sequence_parallel else 1)
     F = ffn_hidden_size // world_size
     size = f"x [{M}, {H}], F/P = {F}, {activation}, {str(dtype).removeprefix('torch.')}"
     if arch is None:
@@ -109,7 +110,7 @@ def explain(
             why = "no launches: torch and oneDNN compute CPU tensors; name an arch to see what a GPU would launch"
             return Explanation(size, "native", (), {"native": why})
         arch = _configs.arch_of(device)
-    asked = _Asked(M, H, F, halves(activation) * F, activation, dtype, bias, arch)
+    asked = _Asked(own_tokens, M, H, F, halves(activation) * F, activation, dtype, bias, arch)
     launches: list[KernelLaunch] = []
     chunks = forward_chunks if world_size > 1 else 1
     reasons = {
@@ -125,6 +126,7 @@ def explain(
 
 @dataclass
 class _Asked:
+    own_tokens: int  # with sequence parallelism a slice of all
     M: int
     H: int
     F: int
@@ -184,7 +186,7 @@ class _Asked:
             return f"one launch of weight gradients; {form.why}"
         dw1 = [self.launch("backward", "wgrad", "dw1", W, H, d_pre, x, w1)]
         dw2 = [self.launch("backward", "wgrad", "dw2", H, F, dy, act, w2)]
-        db1, db2 = [*self._sums("db1", -(-M // PARTIAL_ROWS), W)], [*self._sums("db2", M, H)]
+        db1, db2 = [*self._sums("db1", -(-M // PARTIAL_ROWS), W)], [*self._sums("db2", self.own_tokens, H)]
         if in_flight:
             launches += [*db1, *dw2, *dw1, *db2]
             return "a launch a weight gradient; x is in flight behind dw2"
