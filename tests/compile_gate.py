@@ -76,8 +76,12 @@ OPTIONS = {
     "weight_grads": ("HAS_DB1", "HAS_DB2"),
 }
 OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
-# Of the single launch not all of them: everything; without b2, as on ranks but the first; keeping nothing; nothing.
-FORMS_OF_FFN = [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ("HAS_B1", "HAS_B2"), ()]
+# Kernels of two GEMMs take long to compile: of their forms those with everything, with nothing, and the single launch
+# without b2, as on all ranks but the first.
+FORMS_OF_TWO_GEMMS = {
+    "ffn": [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ()],
+    "weight_grads": [OPTIONS["weight_grads"], ()],
+}
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
@@ -116,9 +120,8 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
     everything and that with nothing optional; else that with everything."""
     options = OPTIONS.get(kernel, ())
     if arch in ENFORCED and everything:
-        if kernel.endswith("ffn"):
-            return FORMS_OF_FFN
-        return [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
+        two_gemms = FORMS_OF_TWO_GEMMS.get(kernel.removeprefix("gated_"))
+        return two_gemms or [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
     return [*dict.fromkeys((options, ()))] if arch in ENFORCED and heavy else [options]
 
 
