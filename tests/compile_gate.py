@@ -126,9 +126,10 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
 
 
 def variants(arch: str, kernel: str, everything: bool):
-    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM; the first
-    row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16. everything: every row with
-    every activation in bf16 and fp32, and with the heaviest in fp16, and odd in every way."""
+    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM. Where it is
+    enforced also the first row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16.
+    everything: every row with every activation in bf16 and fp32, and with the heaviest in fp16, and odd in every way.
+    """
     activations = activations_of(kernel)
     # By registers: gelu in the plain kernels; in the gated ones, either geglu.
     heaviest = activations[:2] if kernel.startswith("gated") else activations[:1]
@@ -136,15 +137,15 @@ def variants(arch: str, kernel: str, everything: bool):
         if row_kernel != kernel:
             continue
         first = aligned and config == TABLES[arch][kernel, arithmetic][0]
-        extreme = (first or not aligned) and arithmetic != "ieee"
+        extreme = (first or not aligned) and arithmetic != "ieee" and arch in ENFORCED
         for dtype in ("bf16", "fp16") if arithmetic == "16bit" else ("fp32",):
-            outputs = dict.fromkeys((dtype, *OUTPUTS.get(kernel, ())))
-            for activation, output in product(activations, outputs):
+            for activation in activations:
                 heavy = activation in heaviest
+                outputs = dict.fromkeys((dtype, *(OUTPUTS.get(kernel, ()) if heavy or everything else ())))
                 patterns = [*ODD] if everything and heavy and arch in ENFORCED else [*ODD][:2]
                 chosen = heavy and (first or everything) if dtype == "fp16" else heavy or extreme or everything
                 forms = forms_of(arch, kernel, everything, heavy) if chosen else ()
-                for known, form in product(("all",) if aligned else patterns, forms):
+                for output, known, form in product(outputs, ("all",) if aligned else patterns, forms):
                     yield Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
 
 

@@ -8,10 +8,11 @@ ENFORCED = ("sm_80", "sm_90")
 HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
-GPU. Each line is the worst of all activations (in fp16 of the one with most registers) and dtypes; of all forms (with and without bias, with and without each
-output that is stored on demand; of ffn and weight_grads those with everything and with nothing; where rows are reported
-only, with everything); of what may be odd (for that activation in every way); and of all outputs that a GEMM may have (operands' dtype, fp32, and a weight
-gradient's added to fp32). Written by
+GPU. Each line is the worst of all activations and dtypes (fp16: the activation with most registers); of all forms, with
+and without bias, with and without each output that is stored on demand (ffn and weight_grads: with everything and with
+nothing; where rows are reported only: with everything); of what may be odd, in two ways or, with the heaviest
+activation, in all; and of all outputs that a GEMM may have: operands' dtype, fp32, and a weight gradient's added to
+fp32. Written by
 
     .venv/bin/python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
