@@ -19,7 +19,11 @@ from triton.compiler import CompiledKernel
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 
 
 class _NamedTarget:

@@ -69,7 +69,10 @@ def _table(
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
     rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS}
     rows |= {(kernel, "ieee"): ieee for kernel in KERNELS}
-    return rows | {("gated_ffn", "ieee"): (ieee[0], _ptr(32, 32, 32, 8, 2))}
+    return rows | {
+        ("ffn", "ieee"): (_ptr(64, 32, 32, 8, 2), ieee[1]),
+        ("gated_ffn", "ieee"): (ieee[0], _ptr(32, 32, 32, 8, 2)),
+    }
 
 
 TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
@@ -141,7 +144,7 @@ _OWN_ODD_STRIDES = {
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
     ("gated_linear_dact", "tf32"): _ptr(32, 32, 32, 8, 3, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
-    ("gated_ffn", "ieee"): _ptr(32, 32, 32, 8, 2),
+    ("gated_ffn", "ieee"): _ptr(32, 16, 32, 4, 2),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}

@@ -1,31 +1,57 @@
 """Keep the counters of single launches: zero before each, and left at zero by it.
 
 Launches of one stream come one after the other and share counters. Those of two streams may run at once, so each
-(device, stream) has its own. A captured launch may be replayed at any time beside others, so it has its own for ever:
-cut from a reserve that was zeroed outside of any graph, or, where that is used up, zeroed by the graph itself.
+(device, stream) has its own. A captured launch may be replayed at any time beside others, so it has its own for ever.
+All are cut from a reserve of their device, which is zeroed when it is allocated; where a launch is captured and nothing
+is left, the graph itself zeroes what it then allocates.
+
+A stream is known by its handle: one that is destroyed while it still runs, and another created with its handle, would
+share counters. torch's own streams are never destroyed.
 """
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 _LEAST = 1024  # counters of a stream at first; more when M wants them
-_RESERVE = 1 << 18  # counters kept for captured launches, by device: 1 MiB
+_RESERVE = 1 << 18  # counters allocated at once: 1 MiB
 _LINE = 32  # counters in the 128 bytes that L2 works on
 
 _of_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
 _reserves: dict[torch.device, torch.Tensor] = {}
+_lock = threading.Lock()
 
 
 def _zeros(device: torch.device, count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def _cut(device: torch.device, count: int) -> torch.Tensor:
-    """Return counters that no other launch will use."""
-    left = _reserves.get(device)
-    if left is None or count > len(left):
-        return _zeros(device, count)
-    _reserves[device] = left[-(-count // _LINE) * _LINE :]
-    return left[:count]
+def _zeros_in_a_thread(device: torch.device, count: int) -> torch.Tensor:
+    """Return zeros that any stream may use. Allocated by another thread: this one may be allocating from a pool that is
+    reused later, as in the warm-up of CUDA graphs by torch.compile."""
+
+    def allocate() -> torch.Tensor:
+        zeros = _zeros(device, count)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(allocate).result()
+
+
+def _cut(device: torch.device, count: int, capturing: bool) -> torch.Tensor:
+    """Return counters that no other launch will use, in cache lines of their own."""
+    lines = -(-count // _LINE) * _LINE
+    with _lock:
+        left = _reserves.get(device)
+        if left is None or lines > len(left):
+            if capturing:
+                return _zeros(device, count)
+            left = _zeros_in_a_thread(device, max(_RESERVE, lines))
+        _reserves[device] = left[lines:]
+    return left[:lines]
 
 
 def counters(device: torch.device, count: int) -> torch.Tensor:
@@ -34,15 +60,11 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return _cut(device, count)
+            return _cut(device, count, capturing=True)
         stream = torch.cuda.current_stream(device).cuda_stream
-        if device not in _reserves:
-            _reserves[device] = _zeros(device, _RESERVE)
-            # Captured launches come in other streams.
-            torch.cuda.current_stream(device).synchronize()
     kept = _of_stream.get((device, stream))
     if kept is None or count > len(kept):
-        kept = _zeros(device, max(_LEAST, 1 << (count - 1).bit_length()))
+        kept = _cut(device, max(_LEAST, 1 << (count - 1).bit_length()), capturing=False)
         _of_stream[device, stream] = kept
     return kept
 

@@ -13,14 +13,14 @@ one tile, in an order in which a row block's tiles of stage 1 come before those 
 programs that have started and that wait for nobody: there is no deadlock, however few programs run at once.
 
     counters[0]        tickets taken
-    counters[1 + m]    of row block m: tiles of act that are visible; then, beyond those, programs that have seen it
+    counters[1 + m]    of row block m: tiles of act that are visible; then, beyond those, tiles of y that are done
 
     stage 1   store the tile; barrier; counters[1 + m] += 1 (release)
     stage 2   until counters[1 + m] (acquire) ≥ tiles of act in a row block: read again
-              count oneself; compute the tile
+              compute the tile; counters[1 + m] += 1
 
-All counters are zero before a launch, and again after it: who takes the last ticket, and who is the last to have seen a
-row block, sets that counter back. What is stored is what linear_act and linear store with the same tiles, bit for bit.
+All counters are zero before a launch, and again after it: who takes the last ticket, and who is the last out of a row
+block, sets that counter back. What is stored is what linear_act and linear store with the same tiles, bit for bit.
 
 Source: dependency-ordered tickets as in stream-K's and look-back scans' (Merrill and Garland, "Single-pass Parallel
 Prefix Scan with Decoupled Look-back"); release and acquire as in the PTX memory model.
@@ -88,14 +88,19 @@ def publish(counter_ptr, USE_TMA: tl.constexpr):
 
 
 @triton.jit
-def wait_for_tiles(counter_ptr, act_tiles, y_tiles, USE_TMA: tl.constexpr):
-    """Wait for all tiles of a row block of act; the last of its y_tiles programs to have done so resets the counter."""
+def wait_for_tiles(counter_ptr, act_tiles, USE_TMA: tl.constexpr):
+    """Wait for all tiles of a row block of act."""
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < act_tiles:
         pass
     if USE_TMA:
         fence_async_proxy()
-    seen = tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
-    if seen == act_tiles + y_tiles - 1:
+
+
+@triton.jit
+def leave(counter_ptr, act_tiles, y_tiles):
+    """Count a tile of y; the last of a row block sets its counter back. Nobody waits for it any more."""
+    before = tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
+    if before == act_tiles + y_tiles - 1:
         tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")
 
 
@@ -156,11 +161,12 @@ def ffn_kernel(
             )  # fmt: skip
         publish(counter_ptr, USE_TMA)
     else:
-        wait_for_tiles(counter_ptr, act_tiles, y_tiles, USE_TMA)
+        wait_for_tiles(counter_ptr, act_tiles, USE_TMA)
         matmul_tile(
             act, w2, y, b2_ptr, tile_m, tile_n, M, H, N, N, stride_w2,
             True, HAS_B2, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_EPILOGUE, USE_TMA, PRECISION,
         )  # fmt: skip
+        leave(counter_ptr, act_tiles, y_tiles)
 
 
 @prepared_once

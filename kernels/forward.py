@@ -14,6 +14,7 @@ import torch
 import triton
 
 from . import _configs
+from ._configs import Config
 from ._launch import Operand, configuration, fresh, prepared_once, signature
 from .activations import GATED_ACTIVATIONS, halves
 from .ffn_single_launch import ffn_single_launch
@@ -21,14 +22,16 @@ from .linear_act import linear_act
 from .matmul import linear
 
 SINGLE, DEPENDENT, TWO = FORMS = ("single launch", "dependent launches", "two launches")
+KEPT = ("pre_act", "act", "nothing")
 # Architectures whose launches can wait for the one before.
 DEPENDENT_LAUNCHES = ("sm_90", "sm_100")
 
 
 class Choice(NamedTuple):
-    """A form, and why it is that one."""
+    """A form, the configuration of a single launch (other kernels choose their own), and why it is that form."""
 
     form: str
+    config: Config | None
     why: str
 
 
@@ -37,17 +40,19 @@ def forward_form(x: Operand, w1: Operand, w2: Operand, activation: str, arch: st
     arch = arch or _configs.arch_of(x.device)
     M, N, H = x.shape[0], w1.shape[0] // halves(activation), w2.shape[0]
     if 0 in (M, N, H):
-        return Choice(TWO, f"a dim of size 0: {M} tokens, {N} features, {H} outputs")
+        return Choice(TWO, None, f"a dim of size 0: {M} tokens, {N} features, {H} outputs")
     kernel = "gated_ffn" if activation in GATED_ACTIVATIONS else "ffn"
     act, y = fresh(M, N, x), fresh(M, H, x)
     config = configuration(kernel, None, M, N, x, w1, w2, act, y, arch=arch)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     counted = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors"
     if _configs.in_one_launch(arch, tiles):
-        return Choice(SINGLE, f"{counted}, at most {_configs.MOST_WAVES[arch]} on each")
+        return Choice(SINGLE, config, f"{counted}, at most {_configs.MOST_WAVES[arch]} on each")
     if arch in DEPENDENT_LAUNCHES:
-        return Choice(DEPENDENT, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each")
-    return Choice(TWO, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each; no dependent launches on {arch}")
+        return Choice(DEPENDENT, None, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each")
+    return Choice(
+        TWO, None, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each; no dependent launches on {arch}"
+    )
 
 
 @prepared_once
@@ -70,9 +75,11 @@ def ffn_forward(
 
     form: one of FORMS instead of the one that `forward_form` chooses.
 
-    Raises: ValueError: an unknown activation; shapes, dtypes, devices or strides that do not fit (the message shows
-    them).
+    Raises: ValueError: an unknown activation, keep or form; shapes, dtypes, devices or strides that do not fit (the
+    message shows them).
     """
+    if keep not in KEPT or form not in (None, *FORMS):
+        raise ValueError(f"keep must be one of {KEPT} and form of {FORMS} or None, got {keep!r} and {form!r}")
     save_pre_act = keep == "pre_act"
     form = form or _form(signature(x), signature(w1), signature(w2), activation, _configs.arithmetic_of(x.dtype))
     if form == SINGLE:

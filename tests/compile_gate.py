@@ -175,6 +175,11 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     return types, tuple(divisible)
 
 
+def is_dependent(variant: Variant) -> bool:
+    """Say whether it is compiled as a dependent launch: Linear2 may be one; the same kernel as dgrad never is."""
+    return variant.arch in DEPENDENT_LAUNCHES and variant.kernel == "linear"
+
+
 def compile_variant(variant: Variant):
     """Return the compiled kernel."""
     function, _ = SPECS[variant.kernel]
@@ -182,8 +187,8 @@ def compile_variant(variant: Variant):
     values = variant.config.meta | {"HAS_BIAS": False, "TRANS_B": variant.kernel == "linear"}
     values |= {option: option in variant.form for option in OPTIONS.get(variant.kernel, ())}
     values |= {"PRECISION": PRECISION[variant.arithmetic], "ACCUMULATE": variant.output == ADDED}
-    dependent = variant.arch in DEPENDENT_LAUNCHES
-    values |= {"GATED": variant.kernel.startswith("gated"), "HAS_DEPENDENT": dependent, "IS_DEPENDENT": dependent}
+    values |= {"GATED": variant.kernel.startswith("gated"), "IS_DEPENDENT": is_dependent(variant)}
+    values |= {"HAS_DEPENDENT": variant.arch in DEPENDENT_LAUNCHES}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     source = ASTSource(
@@ -209,7 +214,9 @@ def check(variant: Variant) -> dict:
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
-        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, 2 if counting else 1, counting)
+        gemms = 2 if variant.kernel.removeprefix("gated_") in FORMS_OF_TWO_GEMMS else 1
+        kind = {"gemms": gemms, "counting": counting, "dependent": is_dependent(variant)}
+        report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, **kind)
     else:
         report = inspect_amd(compiled, variant.arch, counting)
     return row | report

@@ -75,12 +75,19 @@ def _problems(report: dict, arch: str, counting: bool) -> list[str]:
 
 
 def inspect_nvidia(
-    compiled, arch: str, arithmetic: str, copy: str | None, gemms: int | None = 1, counting: bool = False
+    compiled,
+    arch: str,
+    arithmetic: str,
+    copy: str | None,
+    gemms: int | None = 1,
+    counting: bool = False,
+    dependent: bool = False,
 ) -> dict:
     """Return resource use and instruction counts of a cubin, with the list of what is wrong with it.
 
     copy: the instruction that feeds its K loops; gemms: how many K loops it has; counting: its programs count, as those
-    of the single launch do. Counts of instructions are those of the K loop with the fewest.
+    of the single launch do; dependent: it waits for the launch before. Counts of instructions are those of the K loop
+    with the fewest.
     """
     registers, stack, sass = _disassemble(compiled.asm["cubin"])
     linted = lint(compiled.asm["ptx"])
@@ -103,7 +110,7 @@ def inspect_nvidia(
         "float_atomics": linted.float_atomics,
     }
     problems = _problems(report, arch, counting) + linted.findings
-    expected = COUNTING if counting else SILENT
+    expected = (COUNTING if counting else SILENT) | {"launch_waits": int(dependent)}
     found = {kind: getattr(linted, kind) for kind in expected}
     if found != expected:
         problems.append(f"synchronisation: {found}, not {expected}")

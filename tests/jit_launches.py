@@ -6,6 +6,7 @@ Runs layers forward and backward at several numbers of tokens and prints one JSO
 
     launches     kernel → [launches, compiled variants]
     operators    torch operators called by ffn and its launchers, forward and backward: what a CUDA graph would capture
+    dependent    kernel → launches with programmatic dependent launch; and whether just those wait for the one before
     addresses    of each descriptor that a prepared launch uses again: whether it holds its tensor's address
 
 Run it in a process without TRITON_INTERPRET.
@@ -54,10 +55,15 @@ def step(layer, x, dy) -> None:
 def main() -> None:
     """Print the findings."""
     launches, variants, received = defaultdict(int), defaultdict(set), []
+    dependent, waits = defaultdict(int), True
 
     def launched(kernel: CompiledKernel):
         launches[kernel.name] += 1
         variants[kernel.name].add(kernel.hash)
+        if getattr(kernel.metadata, "launch_pdl", False):
+            dependent[kernel.name] += 1
+        nonlocal waits
+        waits &= ("griddepcontrol.wait" in kernel.asm.get("ptx", "")) == getattr(kernel.metadata, "launch_pdl", False)
 
     stub(sys.argv[1], launched)
     layers = {}
@@ -94,7 +100,8 @@ def main() -> None:
         dy = torch.randn_like(x)
         with operators:
             step(layer, x, dy)
-    print(json.dumps({"launches": counted, "operators": sorted(operators.names), "addresses": received}))
+    found = {"launches": counted, "dependent": [dependent, waits]}
+    print(json.dumps(found | {"operators": sorted(operators.names), "addresses": received}))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ import mutants_of_costs
 import mutants_of_kernels
 import mutants_of_package
 import mutants_of_partitionings
-import mutants_of_protocol
 import mutants_of_ranks
+import mutants_of_single_launch
 import mutants_of_weight_grads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +82,7 @@ class Outcome(NamedTuple):
 
 SOURCES = (
     mutants_of_kernels,
-    mutants_of_protocol,
+    mutants_of_single_launch,
     mutants_of_package,
     mutants_of_partitionings,
     mutants_of_communication,

@@ -8,8 +8,8 @@ of y, [row_blocks, out_tiles]. A program
 
     takes a ticket, which says by `order` which tile is its own; the last ticket sets the ticket counter to 0
     stage 1   writes its tile of hidden, publishes it: adds 1 to its row block's counter (release)
-    stage 2   waits until that counter is hidden_tiles (acquire) and adds 1 as well; whoever then finds all tiles of
-              hidden and of y counted sets the counter to 0; and reads the row block of hidden
+    stage 2   waits until that counter is hidden_tiles (acquire), reads the row block of hidden, and adds 1 as well;
+              whoever then finds all tiles of hidden and of y counted sets the counter to 0
 
 Launches of a stream follow each other, on the same hidden and the same counters; streams run at once. Programs start as
 soon as one of the `resident` places is free, wait in their place, and give it back at their end.
@@ -246,10 +246,10 @@ class _Model:
             own = (stream, tile[1] * self.columns + tile[2])
             state = state._replace(buffered=state.buffered | {own})
         else:
-            seen = ("count", "wait") if protocol.counts_first else ("wait", "count")
+            todo = ("wait", "read") if protocol.acquire else ("read", "wait")
+            todo = ("count", *todo) if protocol.counts_first else (*todo, "count")
             left_out = (not protocol.waits, "wait"), (protocol.clears == "epoch", "count")
-            seen = tuple(step for step in seen if (True, step) not in left_out)
-            todo = (*seen, "read") if protocol.acquire else ("read", *seen)
+            todo = tuple(step for step in todo if (True, step) not in left_out)
         if protocol.tickets and place == {"last": len(order) - 1, "first": 0}.get(protocol.clears_ticket):
             todo = ("clear ticket", *todo)
         program = Program(stream, tile, todo)

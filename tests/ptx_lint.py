@@ -17,6 +17,7 @@ A finding names the rule:
                 wait_group.read waits until shared memory is free, not until the tile is written
     scope       a release or acquire of .cta or .cluster scope
     spinning    an acquire inside of the innermost loop around an MMA
+    dependent   in a kernel with griddepcontrol.wait: global memory touched on a path that has not come past it
     call        functions are not followed
 
 Each rule holds on every path: facts ("this store is not behind a barrier yet") flow forward over the basic blocks, are
@@ -52,6 +53,7 @@ TMA_STORE = re.compile(r"cp\.(?:reduce\.)?async\.bulk.*\.global\.shared::cta")
 CP_ASYNC = re.compile(r"cp\.async\.c[ag]\.shared\S*\.global")
 ON_CHIP = re.compile(r"\.(?:shared|local|param|const)")
 SYNCHRONISING = {"acquire", "release", "acq_rel", "relaxed", "volatile", "mmio"}
+TOUCHING = {"read", "store", "tma load", "tma store", "release", "acquire", "relaxed atomic", "relaxed write"}
 FLOAT = re.compile(r"\.(?:bf16|f16|f32|f64)")
 
 
@@ -63,6 +65,7 @@ class Report:
     releases, acquires, relaxed   relaxed: atom and red alone
     float_atomics                 atom and red on floating point, whatever their semantics
     stores, reads                 plain ones, cp.async among the reads
+    launch_waits                  griddepcontrol.wait
     tma_stores, tma_loads         by the parameter of the descriptor, "a|b" where either is possible
     """
 
@@ -73,6 +76,7 @@ class Report:
     float_atomics: int
     stores: int
     reads: int
+    launch_waits: int
     tma_stores: dict[str, int]
     tma_loads: dict[str, int]
 
@@ -100,6 +104,7 @@ def lint(ptx: str) -> Report:
         float_atomics=kinds["float atomic"],
         stores=kinds["store"],
         reads=kinds["read"],
+        launch_waits=kinds["launch wait"],
         tma_stores=dict(tma["tma store"]),
         tma_loads=dict(tma["tma load"]),
     )
@@ -124,6 +129,8 @@ def _kinds(instruction: Instruction, previous: Instruction | None, threads: int)
         operands = instruction.operands.split(",")
         of = operands[1].strip() if "sync" in parts and len(operands) > 1 else str(threads)
         kinds |= {"barrier"} if of.isdigit() and int(of) >= threads else set()
+    elif op == "griddepcontrol.wait":
+        kinds.add("launch wait")
     elif op.startswith("barrier.cluster.wait"):
         arrived = re.match(r"barrier\.cluster\.arrive(?!.*\.relaxed)", previous.op if previous else "")
         kinds |= {"barrier"} if arrived else set()
@@ -179,7 +186,8 @@ class _Flow:
         """Iterate to the fixed point. Facts only grow, so what conflicts once conflicts for good."""
         blocks = self.kernel.blocks
         relevant = [[i for i in block.instructions if i in self.kinds] for block in blocks]
-        entering: dict[int, _Facts] = {0: frozenset()}
+        waits = (i for i, kinds in self.kinds.items() if "launch wait" in kinds)
+        entering: dict[int, _Facts] = {0: frozenset(("not waited for", wait) for wait in waits)}
         pending = [0]
         while pending:
             number = pending.pop()
@@ -209,6 +217,8 @@ class _Flow:
             self.tma_after_acquire |= bool(held["after an acquire"])
             missing = "proxy: {0} with no fence.proxy.async before {1}"
             self._conflict(missing, held["acquired, other proxy"], instruction, reads=True)
+        if kinds & TOUCHING:
+            self._conflict("dependent: {0} on no path before {1}", held["not waited for"], instruction, reads=True)
         by_fence = "relaxed write" in kinds and held["fence"]
         if "release" in kinds or by_fence:
             self.releases_by_fence |= {instruction} if "release" not in kinds else set()
@@ -217,7 +227,9 @@ class _Flow:
             self._conflict("proxy: {0} with no fence.proxy.async since {1}", held["stored, other proxy"], instruction)
             self._conflict("tma store: {0} while it may not have been written by {1}", held["tma store"], instruction)
 
-        if "barrier" in kinds:
+        if "launch wait" in kinds:
+            settle("not waited for")
+        elif "barrier" in kinds:
             settle("stored", "acquired")
         elif "proxy fence" in kinds:
             settle("stored, other proxy", "acquired, other proxy")

@@ -124,6 +124,7 @@ def test_where_nothing_is_launched(monkeypatch):
     [
         ((), 64, {}, r"shape must be that of x, \[..., H\], got \(\)"),
         ((8, -1), 64, {}, "got .8, -1."),
+        (64, 64, {}, "must be that of x, .* got 64"),
         ((8, 0), 64, {}, "hidden_size must be at least 1"),
         ((8, 64), 66, {"world_size": 4}, "66"),
         ((8, 64), 64, {"arch": "sm_70"}, "arch must be one of sm_80, sm_90, sm_100, gfx942, got 'sm_70'"),

@@ -84,6 +84,14 @@ def test_one_launch_where_it_is_chosen(device):
     assert not launches, "nothing to compute"
 
 
+def test_rejected(device):
+    args = ffn_operands(randn, FFN_SHAPES["smoke"], "gelu", torch.bfloat16, device)
+    for options in (("act_pre",), ("act", None, "three launches")):
+        with count_launches() as launches, pytest.raises(ValueError, match=options[-1]):
+            ffn_forward(*args, "gelu", *options)
+        assert not launches
+
+
 @pytest.mark.gpu
 def test_dependent_launches_in_a_graph():
     if torch.cuda.get_device_capability()[0] < 9:

@@ -1,5 +1,5 @@
 """The counter protocol of the single-launch kernel, in every interleaving (protocol_model.py): right as it is, and
-wrong in the way that each mistake (protocol_mutants.py) is wrong."""
+wrong in the way that each mistake (model_mutants.py) is wrong."""
 
 from functools import lru_cache
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from model_mutants import GROWS, MUTANTS, consumers_first, grouped, row_major
 from protocol_model import Launch, Order, Protocol, Tile, check
-from protocol_mutants import GROWS, MUTANTS, consumers_first, grouped, row_major
 
 from tpffn_triton.kernels.ffn_single_launch import tile_of_ticket
 

@@ -26,7 +26,7 @@ BY_TMA = {
     "published by TMA": ({"STORE_BY_TMA": True}, ["tma store"], 1, 1),
     "pointers": ({"USE_TMA": False}, [], 1, 1),
 }
-# publish_mutants.py's, and how the problem that the gate has with each begins.
+# lint_mutants.py's, and how the problem that the gate has with each begins.
 MUTANTS = {
     "right": [],
     "no barrier": ["publish"],
@@ -86,7 +86,7 @@ def test_every_mistake_is_found_in_what_triton_emits_and_nothing_else(arch, trit
 @versions
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_gate_finds_every_mistake_in_the_single_launch(arch, triton_folder):
-    answer, made_right = compile_elsewhere("publish_mutants.py", arch, triton_folder)
+    answer, made_right = compile_elsewhere("lint_mutants.py", arch, triton_folder)
     expected = MUTANTS | (MUTANTS_OF_TMA if arch == "sm_90" else {})
     assert {name: rules(problems) for name, problems in answer["problems"].items()} == {
         name: [] if name in made_right else rule for name, rule in expected.items()

@@ -13,8 +13,10 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import matmul
 from tpffn_triton.kernels._configs import Config
+from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
+from tpffn_triton.kernels.weight_grads import weight_grads
 
 pytestmark = pytest.mark.cpu_only
 interpreter.install()
@@ -241,7 +243,7 @@ CONFIGS = [Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, USE_TMA=True)]
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["pointers", "TMA"])
 def test_the_kernels_pass_and_compute_the_same(config):
-    """Every kernel, with something left over at every edge; each output is written by one program a byte."""
+    """Every kernel that waits for nobody, with something left over at every edge; each output is written by one program a byte."""
     torch.manual_seed(0)
     x, dy = torch.randn(70, 64).bfloat16(), torch.randn(70, 80).bfloat16()
     w1, w2, b1 = torch.randn(96, 64).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(96).bfloat16()
@@ -250,10 +252,12 @@ def test_the_kernels_pass_and_compute_the_same(config):
         act, pre_act = linear_act(x, w1, b1, "gelu", True, config)
         gated, gate_up = linear_act(x, w1, b1, "swiglu", True, config)
         y = matmul.linear(act, w2, None, config=config)
-        plain = linear_dact(dy, w2, pre_act, "gelu", True, torch.float32, config)
-        halved = linear_dact(dy, w2[:, :48].contiguous(), gate_up, "swiglu", True, None, config)
+        plain = linear_dact(dy, w2, pre_act, "gelu", True, True, config)
+        halved = linear_dact(dy, w2[:, :48].contiguous(), gate_up, "swiglu", True, False, config)
         dx = matmul.dgrad(pre_act, w1, config=config)
-        return act, pre_act, gated, gate_up, y, *plain, *halved, dx, matmul.wgrad(dy, act, config=config)
+        weights = weight_grads(plain[0], x, dy, act, plain[2], dy, config=config)
+        separate = matmul.wgrad(dy, act, config=config), column_sum(dy)
+        return act, pre_act, gated, gate_up, y, *plain, *halved, dx, *weights, *separate
 
     wanted = passes()
     for seed, resident in enumerate(RESIDENT):

@@ -1,15 +1,15 @@
-"""The simulator catches every mistake of mutants_of_protocol.py, made in a copy of kernels/."""
+"""The simulator catches every mistake of mutants_of_single_launch.py, made in a copy of kernels/."""
 
 import importlib
 import shutil
 import sys
 from pathlib import Path
 
-import protocol_mutants
+import model_mutants
 import pytest
 import test_ptx_lint
 from kernel_cases import TINY
-from mutants_of_protocol import MUTANTS, SIMULATOR
+from mutants_of_single_launch import MUTANTS, SIMULATOR
 from schedules import Case
 from shadow_memory import Fault
 
@@ -56,7 +56,7 @@ def test_the_documentation_lists_every_mistake():
     ]
     linted = test_ptx_lint.MUTANTS | test_ptx_lint.MUTANTS_OF_TMA
     rows += [(name, f"lint: {rules[0]}", "`kernels/ffn_single_launch.py`") for name, rules in linted.items() if rules]
-    rows += [(mutant.name, f"model: {mutant.verdict}", "the model's protocol") for mutant in protocol_mutants.MUTANTS]
+    rows += [(mutant.name, f"model: {mutant.verdict}", "the model's protocol") for mutant in model_mutants.MUTANTS]
     page = (KERNELS.parent / "docs" / "single_launch.md").read_text()
     *_, table = page.split("|---|---|---|\n")
     assert table.splitlines() == [f"| {' | '.join(row)} |" for row in rows]

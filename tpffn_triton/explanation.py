@@ -17,7 +17,7 @@ from tpffn_triton.kernels._launch import SUPPORTED_DTYPES, Operand, configuratio
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import BLOCK_N as SUMMED_COLUMNS
 from tpffn_triton.kernels.column_sum import ROWS_PER_PROGRAM
-from tpffn_triton.kernels.forward import SINGLE, forward_form
+from tpffn_triton.kernels.forward import forward_form
 from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.kernels.weight_grads import SUM_COLS, form_of
 from tpffn_triton.plan_report import align
@@ -92,7 +92,7 @@ def explain(
     Raises: TypeError, ValueError: arguments that do not fit (the message shows them).
     """
     check_modes(activation, save, sequence_parallel, None, forward_chunks)
-    if not shape or any(not isinstance(size, int) or size < 0 for size in shape):
+    if not isinstance(shape, Sequence) or not shape or any(not isinstance(size, int) or size < 0 for size in shape):
         raise ValueError(f"shape must be that of x, [..., H], got {shape!r}")
     H = shape[-1]
     check_sizes(H, ffn_hidden_size, world_size)
@@ -150,12 +150,10 @@ class _Asked:
         x, w1, w2 = self.matrix(M, H), self.matrix(self.W, H), self.matrix(H, F)
         act, y = self.matrix(M, F), self.matrix(M, H)
         choice = forward_form(x, w1, w2, self.activation, self.arch)
-        if choice.form == SINGLE and chunks == 1:
-            gated = self.activation in GATED_ACTIVATIONS
-            config = configuration("gated_ffn" if gated else "ffn", None, M, F, x, w1, w2, act, y, arch=self.arch)
-            programs = grid(config, M, F)[0] + grid(config, M, H)[0]
-            launches.append(KernelLaunch("forward", "ffn", "act, y", config, programs))
-            return f"single launch; {choice.why}"
+        if choice.config is not None and chunks == 1:
+            programs = grid(choice.config, M, F)[0] + grid(choice.config, M, H)[0]
+            launches.append(KernelLaunch("forward", "ffn", "act, y", choice.config, programs))
+            return f"{choice.form}; {choice.why}"
         launches.append(self.launch("forward", "linear_act", "act", M, F, x, w1, act))
         if chunks == 1:
             launches.append(self.launch("forward", "linear", "y", M, H, act, w2, y))

@@ -1,6 +1,6 @@
 """Make one mistake at a time in how the single launch passes its tiles on, and see what the compile gate says.
 
-    python tests/publish_mutants.py sm_90
+    python tests/lint_mutants.py sm_90
 
 Compiles a copy of kernels/ffn_single_launch.py each, with pointers for sm_80 and TMA for sm_90. Prints one JSON object:
 name → problems, with the kernel as it is under "right"; and triton's version.

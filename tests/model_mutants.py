@@ -1,6 +1,6 @@
 """Mistakes in the counter protocol, each with what the model (protocol_model.py) must find.
 
-python tests/protocol_mutants.py        # what it finds, and in how many states
+python tests/model_mutants.py        # what it finds, and in how many states
 """
 
 from collections.abc import Sequence

@@ -1,18 +1,20 @@
 """Mistakes in how one launch hands act from one GEMM to the other: file → (name, text, replacement, tests that notice).
 
 The simulator must catch those of the protocol. They are quick, so `make test` makes them too: in
-test_single_launch_mutants.py, beside those that the lint (publish_mutants.py) and the model (protocol_mutants.py)
+test_single_launch_mutants.py, beside those that the lint (lint_mutants.py) and the model (model_mutants.py)
 catch.
 """
 
 SIMULATOR = "test_single_launch_schedules.py -k 'any_schedule and gelu-pointers'"
-COUNTERS = "test_single_launch.py -k {}"
+COUNTERS = "test_counters.py -k {}"
+SINGLE = "test_single_launch.py -k {}"
 FORMS = "test_forward.py"
+JIT = "test_compile_gate.py -k 'what_launches_do and sm_90 and installed'"
 
 COUNT = 'tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")'
 POLL = 'tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < act_tiles'
 WAIT = f"    while {POLL}:\n        pass\n"
-LAST = "seen == act_tiles + y_tiles - 1"
+LAST = "before == act_tiles + y_tiles - 1"
 RESET = 'tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")'
 TICKET = 'tl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")'
 TICKETS = "tl.cdiv(M, BLOCK_M) * (act_tiles + y_tiles)"
@@ -34,7 +36,7 @@ MUTANTS = {
         ("consumers first", "ticket = tl.atomic_add(", f"ticket = {TICKETS} - 1 - tl.atomic_add(", SIMULATOR),
         ("program ids for tickets", TICKET, "tl.program_id(0)", SIMULATOR),
         ("row blocks never reset", RESET, "pass", SIMULATOR),
-        ("row blocks reset by the first who waited", LAST, "seen == act_tiles", SIMULATOR),
+        ("row blocks reset by the first that is done", LAST, "before == act_tiles", SIMULATOR),
         ("row blocks reset to what they were", RESET, RESET.replace(" 0,", " act_tiles,"), SIMULATOR),
         ("tickets never reset", TICKET_RESET, "pass", SIMULATOR),
         (
@@ -53,24 +55,53 @@ MUTANTS = {
             "b2's bias taken for b1's",
             "x, w1, act_ptr, pre_act, b1_ptr, tile_m",
             "x, w1, act_ptr, pre_act, b2_ptr, tile_m",
-            "test_single_launch.py -k out_dtype",
+            SINGLE.format("out_dtype"),
         ),
         (
             "single launch that compiles for each M",
             '@triton.jit(do_not_specialize=["M"])\ndef ffn_kernel',
             "@triton.jit\ndef ffn_kernel",
-            "test_compile_gate.py -k 'what_launches_do and sm_90 and installed'",
+            JIT,
         ),
     ],
     "kernels/_counters.py": [
-        ("counters that do not grow", "count > len(kept)", "count > 9 * len(kept)", COUNTERS.format("counters_grow")),
-        ("counters of a failed launch kept", "if kept is used]", "if kept is None]", COUNTERS.format("that_failed")),
+        ("counters that do not grow", "count > len(kept)", "count > 9 * len(kept)", COUNTERS.format("grow")),
+        ("counters of a failed launch kept", "if kept is used]", "if kept is None]", SINGLE.format("that_failed")),
+        (
+            "streams that share counters",
+            "torch.cuda.current_stream(device).cuda_stream",
+            "0",
+            COUNTERS.format("streams"),
+        ),
+        (
+            "captured launches that share counters",
+            "_reserves[device] = left[lines:]",
+            "pass",
+            COUNTERS.format("captured"),
+        ),
+        (
+            "captured launches with a stream's counters",
+            "is_current_stream_capturing():",
+            "is_initialized() is None:",
+            COUNTERS.format("captured"),
+        ),
+        (
+            "counters that share a cache line",
+            "lines = -(-count // _LINE) * _LINE",
+            "lines = count",
+            COUNTERS.format("captured"),
+        ),
     ],
     "kernels/forward.py": [
         ("one launch up to one tile less", "in_one_launch(arch, tiles)", "in_one_launch(arch, tiles + 1)", FORMS),
         ("empty sizes in one launch", "if 0 in (M, N, H):", "if 0 in (M, N):", FORMS),
         ("dependent launches on any architecture", "if arch in DEPENDENT_LAUNCHES:", "if True:", FORMS),
+        ("unknown form accepted", "form not in (None, *FORMS)", "False", FORMS),
         ("pre_act kept for act", 'act if keep == "act" else pre_act', "pre_act", FORMS),
+    ],
+    "kernels/matmul.py": [
+        ("dependent launch that does not wait", "    if IS_DEPENDENT:\n        wait_for_launch()\n", "", JIT),
+        ("every launch a dependent one", "if dependent else {}", "if not dependent else {}", JIT),
     ],
     "kernels/_tiles.py": [
         ("rows past M of another row block", "tl.minimum(offs_m, M - 1)", "offs_m % M", SIMULATOR),
