@@ -8,13 +8,12 @@ ENFORCED = ("sm_80", "sm_90")
 HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
-GPU. Each line is the worst of all activations and dtypes (fp16: the activation with most registers); of all forms, with
-and without bias, with and without each output that is stored on demand (ffn and weight_grads: with everything and with
-nothing; where rows are reported only: with everything); of what may be odd, in two ways or, with the heaviest
-activation, in all; and of all outputs that a GEMM may have: operands' dtype, fp32, and a weight gradient's added to
-fp32. Written by
+GPU. Each line is the worst of what the gate compiles: on sm_80 and sm_90 the activation with most registers in every
+output dtype that a GEMM may have (operands', fp32, a weight gradient's added to fp32), with everything optional and with
+nothing; the first row and the odd one, in two ways, also with the other activations; the first also in fp16. With --all
+it compiles every activation, form and way to be odd. Written by
 
-    .venv/bin/python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
+    .venv/bin/python tests/compile_gate.py --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
 - configuration: BLOCK_M×BLOCK_N×BLOCK_K, w warps, s stages; tma descriptors or ptr pointers; split: the epilogue works
   on two column halves; odd: for operands that cannot be copied 16 bytes at once. A gated forward has two accumulators

@@ -243,7 +243,8 @@ CONFIGS = [Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, USE_TMA=True)]
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["pointers", "TMA"])
 def test_the_kernels_pass_and_compute_the_same(config):
-    """Every kernel that waits for nobody, with something left over at every edge; each output is written by one program a byte."""
+    """Every kernel that waits for nobody, with something left over at every edge; each byte of an output is written by
+    one program."""
     torch.manual_seed(0)
     x, dy = torch.randn(70, 64).bfloat16(), torch.randn(70, 80).bfloat16()
     w1, w2, b1 = torch.randn(96, 64).bfloat16(), torch.randn(80, 96).bfloat16(), torch.randn(96).bfloat16()
@@ -255,7 +256,7 @@ def test_the_kernels_pass_and_compute_the_same(config):
         plain = linear_dact(dy, w2, pre_act, "gelu", True, True, config)
         halved = linear_dact(dy, w2[:, :48].contiguous(), gate_up, "swiglu", True, False, config)
         dx = matmul.dgrad(pre_act, w1, config=config)
-        weights = weight_grads(plain[0], x, dy, act, plain[2], dy, config=config)
+        weights = weight_grads(plain[0], x, x, act, plain[2], x, config=config)
         separate = matmul.wgrad(dy, act, config=config), column_sum(dy)
         return act, pre_act, gated, gate_up, y, *plain, *halved, dx, *weights, *separate
 
