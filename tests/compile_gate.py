@@ -1,7 +1,7 @@
 """Compile every configuration row ahead of time, without a GPU, and report what the assembler made of it.
 
     python tests/compile_gate.py --arch sm_90 [--kernel linear_act] [--all] [--jobs 4] [--json]
-    python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
+    python tests/compile_gate.py --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
 One line (or JSON object) a variant: registers, stack bytes, spills, shared memory, tensor-core and asynchronous-copy
 instructions of the K loop, atomics, and a verdict; or, in Markdown, one line a row. Exit status 1 when a row of an

@@ -9,9 +9,9 @@ HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
 GPU. Each line is the worst of what the gate compiles: on sm_80 and sm_90 the activation with most registers in every
-output dtype that a GEMM may have (operands', fp32, a weight gradient's added to fp32), with everything optional and with
-nothing; the first row and the odd one, in two ways, also with the other activations; the first also in fp16. With --all
-it compiles every activation, form and way to be odd. Written by
+output dtype that a GEMM may have (operands', fp32, a weight gradient's added to fp32), with everything optional and
+with nothing; the first row and the odd one, in two ways, also with the other activations; the first also in fp16. With
+--all it compiles every activation, form and way to be odd. Written by
 
     .venv/bin/python tests/compile_gate.py --also .cache/triton-3.6.0 --markdown docs/compiled.md
 

@@ -1,4 +1,4 @@
-"""Counters of single launches: whose they are. A CPU stands in for a GPU, whose own tests are test_single_launch.py's."""
+"""Counters of single launches: whose they are. A CPU stands in for a GPU: test_single_launch.py has what needs one."""
 
 import threading
 from types import SimpleNamespace
