@@ -8,6 +8,7 @@ ranks per step.
     CUDA             events around the step. L2 is overwritten before it, and the GPU is idle when it begins,
                      so the host's launches count
     CUDA, --graph    events around the replay of a captured graph, enqueued behind the overwriting: GPU time
+    CUDA, warm L2    the same, but the step runs once more between: L2 is as the step itself leaves it
 
     ms             the step
     comm_ms        the part of it in which computation stood still for a collective, launch and wait for slower
@@ -66,10 +67,10 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events around a step; see the module docstring for what `graph` changes."""
+    """CUDA events around a step; see the module docstring for what `graph` and `warm_l2` change."""
 
-    def __init__(self, graph: bool) -> None:
-        self.graph = graph
+    def __init__(self, graph: bool, warm_l2: bool = False) -> None:
+        self.graph, self.warm_l2 = graph, warm_l2
         self.overwritten = torch.empty(_L2_OVERWRITE_BYTES, dtype=torch.uint8, device="cuda")
 
     def measure(self, step: Step, rank: Rank) -> tuple[float, float]:
@@ -84,6 +85,9 @@ class CudaClock:
         step.reset()
         rank.barrier()
         self.overwritten.zero_()
+        if self.warm_l2:
+            step()
+            step.reset()
         if not self.graph:
             torch.cuda.synchronize()
         with contextlib.nullcontext() if self.graph else observe(observed):
@@ -155,16 +159,24 @@ def rounds_within(seconds: float, bounds: tuple[int, int], measure_round: Callab
 
 
 def time_rounds(
-    steps: dict[K, Step], rank: Rank, *, graph: bool, quick: bool, rounds: int | None, together: int = 1
+    steps: dict[K, Step],
+    rank: Rank,
+    *,
+    graph: bool,
+    quick: bool,
+    rounds: int | None,
+    together: int = 1,
+    warm_l2: bool = False,
 ) -> tuple[dict[K, Times], int]:
     """Warm up, then time; returns run_rounds' result and the number of rounds.
 
     rounds     None: as many as fit into 15 s (CUDA: 5 s), 10 to 50 (20 to 200); with quick, 3 (10)
     quick      also shortens the warm-up
     together   as for run_rounds
+    warm_l2    CUDA alone; with together=1
     """
     cuda = rank.device.type == "cuda"
-    clock: Clock = CudaClock(graph) if cuda else HostClock()
+    clock: Clock = CudaClock(graph, warm_l2) if cuda else HostClock()
     warm_up = (3 if quick else 25) if cuda else (0 if quick else 1)
     run = functools.partial(run_rounds, steps, clock, rank, together=together)
 

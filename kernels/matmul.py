@@ -206,8 +206,8 @@ def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithm
             "HAS_BIAS": bias is not None,
             "IS_DEPENDENT": dependent,
             "PRECISION": _configs.PRECISION[arithmetic],
-            "launch_pdl": dependent,
-        },
+        }
+        | ({"launch_pdl": True} if dependent else {}),  # an option on NVIDIA alone
     )
     return M, N, launch
 

@@ -4,17 +4,20 @@
 
     environment    what the machine and its packages are
     tests          every test that is not marked cpu_only, on CUDA
-    sanitizer      the smallest kernel tests under compute-sanitizer's memcheck; skipped where it is missing
+    sanitizer      the smallest tests of the kernels, of the single launch and of the weight gradients' under
+                   compute-sanitizer's memcheck; skipped where it is missing
     bench_eager    the analysed model at P=4 against eager
     bench_graph    the same inside CUDA graphs
     bench_shapes   the analysed model, decoding, a medium and a large layer inside CUDA graphs
     bench_swiglu   the analysed model and a medium layer, gated, inside CUDA graphs
+    bench_forms    the analysed model's shard at 64 to 8192 tokens in one launch and in several, inside CUDA graphs
 
 It uses the packages of the python that runs it, installs nothing and needs no network. A step that fails or
 runs out of its time does not stop the next one; time that a step leaves over goes to the steps after it.
 
 Results: environment.json (machine, versions, commit; each step's command, status and seconds), log.txt,
-tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_shapes.json, bench_swiglu.json.
+tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_shapes.json, bench_swiglu.json,
+bench_forms.json and .png.
 Exit status: 0 all passed; 1 a step failed; 2 no CUDA device, or wrong arguments.
 """
 
@@ -72,8 +75,8 @@ def plan(results: Path, budget: float) -> list[Step]:
     """Return the steps after `environment`, in order; their shares leave it 10 of 540 seconds."""
     python, share = sys.executable, budget / BUDGET
 
-    def bench(name: str, seconds: float, *flags: str, plot: bool = True) -> Step:
-        command = [python, "bench/ffn_bench.py", "--dtype", "bf16", *flags]
+    def bench(name: str, seconds: float, *flags: str, plot: bool = True, script: str = "ffn_bench") -> Step:
+        command = [python, f"bench/{script}.py", "--dtype", "bf16", *flags]
         command += ["--json", str(results / f"bench_{name}.json")]
         produces: tuple[str, ...] = (f"bench_{name}.json",)
         if plot:
@@ -88,20 +91,24 @@ def plan(results: Path, budget: float) -> list[Step]:
     memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1"]
     # Libraries probe with calls that may fail, and handle it; only bad memory accesses count here.
     memcheck += ["--report-api-errors", "no"]
+    # Launches are slow under it: one dtype where a test is there for each.
+    smallest = ["-k", "smoke and (test_kernels or bfloat16)"]
+    smallest += [f"tests/test_{name}.py" for name in ("single_launch", "weight_grads", "kernels")]
     return [
-        Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 230 * share, ("tests.xml",)),
+        Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 208 * share, ("tests.xml",)),
         Step(
             "sanitizer",
-            [*memcheck, *pytest, "-x", "-p", "no:xdist", "-k", "smoke", "tests/test_kernels.py"],
-            90 * share,
+            [*memcheck, *pytest, "-x", "-p", "no:xdist", *smallest],
+            82 * share,
             # Each tensor in an allocation of its own: inside torch's pool an overrun lands in valid memory.
             environ={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip="" if sanitizer else "compute-sanitizer is not installed",
         ),
-        bench("eager", 45, "--tp", "4"),
-        bench("graph", 45, "--tp", "4", "--graph"),
-        bench("shapes", 80, "--shapes", "analysed,decode,medium,large", "--graph", plot=False),
-        bench("swiglu", 40, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", plot=False),
+        bench("eager", 41, "--tp", "4"),
+        bench("graph", 41, "--tp", "4", "--graph"),
+        bench("shapes", 72, "--shapes", "analysed,decode,medium,large", "--graph", plot=False),
+        bench("swiglu", 36, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", plot=False),
+        bench("forms", 50, "--graph", script="forms_bench"),
     ]
 
 

@@ -76,8 +76,12 @@ OPTIONS = {
     "weight_grads": ("HAS_DB1", "HAS_DB2"),
 }
 OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
-# Of the single launch not all of them: everything; without b2, as on ranks but the first; keeping nothing; nothing.
-FORMS_OF_FFN = [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ("HAS_B1", "HAS_B2"), ()]
+# Kernels of two GEMMs take long to compile: of their forms those with everything, with nothing, and the single launch
+# without b2, as on all ranks but the first.
+FORMS_OF_TWO_GEMMS = {
+    "ffn": [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ()],
+    "weight_grads": [OPTIONS["weight_grads"], ()],
+}
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
 ODD = {"rows odd": ("ptr",), "none": (), "K odd": ("ptr", "N"), "N odd": ("ptr", "K"), "address odd": ("N", "K")}
 KNOWN = {"all": ("ptr", "N", "K")} | ODD
@@ -106,7 +110,7 @@ class Variant(NamedTuple):
 
 def activations_of(kernel: str) -> tuple:
     """Return the activations of a kernel."""
-    if kernel in ("linear", "dgrad", "wgrad"):
+    if kernel in ("linear", "dgrad", "wgrad", "weight_grads"):
         return (None,)
     return tuple(GATED_ACTIVATIONS) if kernel.startswith("gated") else PLAIN_ACTIVATIONS
 
@@ -116,16 +120,16 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
     everything and that with nothing optional; else that with everything."""
     options = OPTIONS.get(kernel, ())
     if arch in ENFORCED and everything:
-        if kernel.endswith("ffn"):
-            return FORMS_OF_FFN
-        return [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
+        two_gemms = FORMS_OF_TWO_GEMMS.get(kernel.removeprefix("gated_"))
+        return two_gemms or [tuple(compress(options, on)) for on in product((True, False), repeat=len(options))]
     return [*dict.fromkeys((options, ()))] if arch in ENFORCED and heavy else [options]
 
 
 def variants(arch: str, kernel: str, everything: bool):
-    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM; the first
-    row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16. everything: every row with
-    every activation in every dtype, and odd in every way."""
+    """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM. Where it is
+    enforced also the first row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16.
+    everything: every row with every activation in bf16 and fp32, and with the heaviest in fp16, and odd in every way.
+    """
     activations = activations_of(kernel)
     # By registers: gelu in the plain kernels; in the gated ones, either geglu.
     heaviest = activations[:2] if kernel.startswith("gated") else activations[:1]
@@ -133,15 +137,15 @@ def variants(arch: str, kernel: str, everything: bool):
         if row_kernel != kernel:
             continue
         first = aligned and config == TABLES[arch][kernel, arithmetic][0]
-        extreme = (first or not aligned) and arithmetic != "ieee"
+        extreme = (first or not aligned) and arithmetic != "ieee" and arch in ENFORCED
         for dtype in ("bf16", "fp16") if arithmetic == "16bit" else ("fp32",):
-            patterns = [*ODD] if everything and arch in ENFORCED else [*ODD][:2]
-            outputs = dict.fromkeys((dtype, *OUTPUTS.get(kernel, ())))
-            for activation, output in product(activations, outputs):
+            for activation in activations:
                 heavy = activation in heaviest
-                chosen = heavy and first if dtype == "fp16" else heavy or extreme
-                forms = forms_of(arch, kernel, everything, heavy) if everything or chosen else ()
-                for known, form in product(("all",) if aligned else patterns, forms):
+                outputs = dict.fromkeys((dtype, *(OUTPUTS.get(kernel, ()) if heavy or everything else ())))
+                patterns = [*ODD] if everything and heavy and arch in ENFORCED else [*ODD][:2]
+                chosen = heavy and (first or everything) if dtype == "fp16" else heavy or extreme or everything
+                forms = forms_of(arch, kernel, everything, heavy) if chosen else ()
+                for output, known, form in product(outputs, ("all",) if aligned else patterns, forms):
                     yield Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
 
 

@@ -34,9 +34,9 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
         usage = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-        sass = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        # Without its analysis of the data flow, which takes as long again and finds no other branches.
+        command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
     return registers, stack, sass
 

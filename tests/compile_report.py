@@ -8,9 +8,11 @@ ENFORCED = ("sm_80", "sm_90")
 HEADER = """# What the configurations compile to
 
 Every row of the tables in `kernels/_configs.py`, compiled ahead of time by triton {versions}. Nothing here ran on a
-GPU. Each line is the worst of all activations and dtypes; of all forms (with and without bias, with and without each
-output that is stored on demand; where rows are reported only, with everything); of what may be odd; and, for linear,
-dgrad and wgrad, of all outputs (operands' dtype, fp32, and wgrad's added to fp32). Written by
+GPU. Each line is the worst of all activations and dtypes (fp16: the activation with most registers); of all forms, with
+and without bias, with and without each output that is stored on demand (ffn and weight_grads: with everything and with
+nothing; where rows are reported only: with everything); of what may be odd, in two ways or, with the heaviest
+activation, in all; and of all outputs that a GEMM may have: operands' dtype, fp32, and a weight gradient's added to
+fp32. Written by
 
     .venv/bin/python tests/compile_gate.py --all --also .cache/triton-3.6.0 --markdown docs/compiled.md
 
@@ -19,7 +21,7 @@ dgrad and wgrad, of all outputs (operands' dtype, fp32, and wgrad's added to fp3
   of that size.
 - registers: of a thread, by version of triton, and the bytes it spills.
 - shared: KiB of a program.
-- MMA: tensor-core instructions in the K loop (gfx942: in all).
+- MMA: tensor-core instructions in the K loop, the lesser of two (gfx942: in all).
 - variants: how many were compiled; the verdict counts those that spill, exceed shared memory, use atomics (other than
   the single launch's counters), have no tensor-core instructions or asynchronous copies in the K loop, load through
   registers there, or publish what others may not see.

@@ -22,6 +22,7 @@ from tpffn_triton import interpreter
 from tpffn_triton.kernels._configs import Config
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.kernels.column_sum import column_sum
+from tpffn_triton.kernels.ffn_single_launch import ffn_single_launch
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
 from tpffn_triton.kernels.matmul import dgrad, linear, wgrad, wgrad_accumulate
@@ -70,6 +71,7 @@ def main() -> None:
                 W = halves(activation) * N
                 x, w1, b1 = randn(M, K, dtype=dtype), randn(W, K, dtype=dtype), randn(W, dtype=dtype)
                 dy, w2, pre_act = randn(M, K, dtype=dtype), randn(K, N, dtype=dtype), randn(M, W, dtype=dtype)
+                b2 = randn(K, dtype=dtype)
                 torch.Tensor.new_empty = guarded_new_empty
                 outputs = [
                     (linear_act(x, w1, b1, activation, True)[1], F.linear(x, w1, b1)),
@@ -78,18 +80,20 @@ def main() -> None:
                     (wgrad(dy, x), dy.t() @ x),
                     (column_sum(dy), dy.sum(0)),
                 ]
-                _, act, db_partial = linear_dact(dy, w2, pre_act, activation, True, True)
-                gradients = weight_grads(pre_act, x, dy, act, db_partial, dy)
+                d_pre, act, db_partial = linear_dact(dy, w2, pre_act, activation, True, True)
+                gradients = weight_grads(d_pre, x, dy, act, db_partial, dy)
                 accumulated = randn(K, K, dtype=torch.float32).zero_()
                 wgrad_accumulate(accumulated, dy, x)
+                y, hidden, pre_act = ffn_single_launch(x, w1, b1, w2, b2, activation, True)
                 torch.Tensor.new_empty = new_empty
-                outputs.append((accumulated, (dy.t() @ x).float()))
-                expected = (pre_act.t() @ x, dy.t() @ act, db_partial.sum(0), dy.sum(0))
+                outputs += [(accumulated, (dy.t() @ x).float()), (pre_act, F.linear(x, w1, b1))]
+                outputs.append((y, F.linear(hidden, w2, b2)))
+                expected = (d_pre.t() @ x, dy.t() @ act, db_partial.sum(0), dy.sum(0))
                 outputs += zip(gradients, expected, strict=True)
                 tolerance = 1e-4 if dtype == torch.float32 else 0.3
                 for ours, eager in outputs:
                     torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
-                calls += 8
+                calls += 9
     for beside in _surroundings:
         assert (beside == PATTERN).all(), "written beside an operand"
     if "--overrun" in sys.argv:

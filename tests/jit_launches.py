@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tpffn_triton as tp
 from tpffn_triton import backends, ops
+from tpffn_triton.kernels import _configs, forward, weight_grads
 from tpffn_triton.kernels._launch import Launch
 
 # One configuration serves all of these; 1 and multiples of 16 are what triton specialises on.
@@ -64,10 +65,14 @@ def main() -> None:
         for size in (64, 61):
             layers[name, size] = tp.TensorParallelFFN(size, 2 * size, activation=activation, dtype=torch.bfloat16)
             layers[name, size].linear_fc1.weight.requires_grad_(name != "w1 frozen")
-    for tokens in TOKENS:
-        for (_, size), layer in layers.items():
-            x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
-            step(layer, x, torch.randn_like(x))
+    for most_waves in (0, _configs.MOST_WAVES[sys.argv[1]]):  # in several launches each, and in one
+        _configs.MOST_WAVES[sys.argv[1]] = most_waves
+        forward._form.cache_clear()
+        weight_grads._prepare.cache_clear()
+        for tokens in TOKENS:
+            for (_, size), layer in layers.items():
+                x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
+                step(layer, x, torch.randn_like(x))
     counted = {name: [launches[name], len(variants[name])] for name in launches}
 
     # Again, through prepared launches: with other tensors of the same signature, whose addresses must arrive.

@@ -43,6 +43,24 @@ MUTANTS = {
             f"{TICKET} % ({TICKETS})\n",
             SIMULATOR,
         ),
+        (
+            "gate's descriptor as wide as pre_act, in one launch",
+            "half = Operand((M, N), (W, 1)",
+            "half = Operand((M, W), (W, 1)",
+            "test_memory.py -k 'test_guard_pages and end'",
+        ),
+        (
+            "b2's bias taken for b1's",
+            "x, w1, act_ptr, pre_act, b1_ptr, tile_m",
+            "x, w1, act_ptr, pre_act, b2_ptr, tile_m",
+            "test_single_launch.py -k out_dtype",
+        ),
+        (
+            "single launch that compiles for each M",
+            '@triton.jit(do_not_specialize=["M"])\ndef ffn_kernel',
+            "@triton.jit\ndef ffn_kernel",
+            "test_compile_gate.py -k 'what_launches_do and sm_90 and installed'",
+        ),
     ],
     "kernels/_counters.py": [
         ("counters that do not grow", "count > len(kept)", "count > 9 * len(kept)", COUNTERS.format("counters_grow")),

@@ -219,6 +219,14 @@ def test_cuda_clock_replays_a_graph_behind_the_flush_without_observing(monkeypat
     assert (ms, comm_ms) == (1, 0)
 
 
+def test_cuda_clock_runs_a_step_before_the_one_it_times_for_a_warm_l2(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    ms, comm_ms = timing.CudaClock(graph=True, warm_l2=True).measure(Waiting(cuda.log), ALONE)
+    step = ["collective", "collective"]
+    assert cuda.log == ["reset", *step, "reset", "event", *step, "event", "synchronize"]
+    assert (ms, comm_ms) == (1, 0)
+
+
 def test_captured_results_are_nan_until_a_replay_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     own = workloads.shard(workloads.draw(TINY, "fp32", "gelu", torch.device("cpu")), 0, 1, "gelu")

@@ -126,22 +126,23 @@ def test_the_committed_report_lists_todays_rows():
 @versions
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_what_launches_do_on_the_host(arch, triton_folder):
-    """Six layers, aligned and odd, plain, gated, and with gradients of their own, at seven numbers of tokens each: one
-    variant a size and use, however many M; every address arrives; and nothing is called that a CUDA graph could not
-    capture."""
+    """Six layers, aligned and odd, plain, gated, and with gradients of their own, at seven numbers of tokens each, in
+    one launch and in several: one variant a size and use, however many M; every address arrives; and nothing is called
+    that a CUDA graph could not capture."""
     result = run_compiling(ROOT / "tests" / "jit_launches.py", arch, triton_folder=triton_folder)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     # linear and dgrad share a kernel; the column sum reads db1's fp32 partials and dy.
     assert found["launches"] == {
+        "ffn_kernel": [42, 4],
         "linear_act_kernel": [28, 2],
-        "linear_dact_kernel": [28, 2],
+        "linear_dact_kernel": [56, 2],
         "gated_linear_act_kernel": [14, 2],
-        "gated_linear_dact_kernel": [14, 2],
-        "matmul_kernel": [84, 4],
+        "gated_linear_dact_kernel": [28, 2],
+        "matmul_kernel": [126, 4],
         "weight_grads_kernel": [28, 2],
-        "wgrad_kernel": [14, 2],
-        "column_sum_kernel": [28, 4],
+        "wgrad_kernel": [84, 2],
+        "column_sum_kernel": [112, 4],
     }
     assert found["operators"] == ["new_empty", "select", "slice", "view"]
     assert all(found["addresses"])

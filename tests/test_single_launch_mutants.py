@@ -5,7 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import protocol_mutants
 import pytest
+import test_ptx_lint
 from kernel_cases import TINY
 from mutants_of_protocol import MUTANTS, SIMULATOR
 from schedules import Case
@@ -42,6 +44,22 @@ def copy_of_kernels(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def case():
     return Case("gelu", TINY, True)
+
+
+def test_the_documentation_lists_every_mistake():
+    """Those of the lint and of the model as well, each with what must catch it."""
+    rows = [
+        (name, "simulator", f"`{file}`")
+        for file, mutants in MUTANTS.items()
+        for name, *_, tests in mutants
+        if tests == SIMULATOR
+    ]
+    linted = test_ptx_lint.MUTANTS | test_ptx_lint.MUTANTS_OF_TMA
+    rows += [(name, f"lint: {rules[0]}", "`kernels/ffn_single_launch.py`") for name, rules in linted.items() if rules]
+    rows += [(mutant.name, f"model: {mutant.verdict}", "the model's protocol") for mutant in protocol_mutants.MUTANTS]
+    page = (KERNELS.parent / "docs" / "single_launch.md").read_text()
+    *_, table = page.split("|---|---|---|\n")
+    assert table.splitlines() == [f"| {' | '.join(row)} |" for row in rows]
 
 
 def test_the_copy_without_a_mistake_passes(copy_of_kernels, case):

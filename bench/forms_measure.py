@@ -1,0 +1,275 @@
+"""Time one rank's shard in every form of its launches, and unfused, on the same tensors, interleaved.
+
+One row a number of tokens, mode and way. A way that is wrong, against fp64, or raises is refused: not timed, no row.
+
+    form          of forward (kernels/forward.py), or "unfused": F.linear, activation, F.linear
+    gradients     "one launch" or "a launch each" (kernels/weight_grads.py); None in mode fwd, and unfused
+    chosen        whether tpffn_triton.ffn launches this; None unfused
+    configs       launch → its row of the tables
+    ratio_p50, ratio_p20, ratio_p80   unfused's time over this one's, by round: above 1 is faster
+    ms_p20, ms_p50, ms_p80, tflops, roofline_pct, max_rel_err   as in measure.py
+
+ffn computes in every form, host included: its launchers alone are exchanged.
+"""
+
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import environment
+import numpy as np
+import timing
+import torch
+import workloads
+from implementations import IMPLEMENTATIONS
+from measure import error_bound, worst_error
+from ranks import Rank
+from steps import Step, make_step
+from torch import Tensor
+from workloads import Problem, Shape
+
+from tpffn_triton.backends import implementation
+from tpffn_triton.kernels._configs import Config, arch_of
+from tpffn_triton.kernels._launch import Operand, configuration, fresh
+from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
+from tpffn_triton.kernels.column_sum import column_sum
+from tpffn_triton.kernels.forward import DEPENDENT, DEPENDENT_LAUNCHES, FORMS, SINGLE, Choice, ffn_forward, forward_form
+from tpffn_triton.kernels.matmul import wgrad
+from tpffn_triton.kernels.weight_grads import Form, form_of, weight_grads
+
+UNFUSED = "unfused"
+ONE, EACH = "one launch", "a launch each"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: shapes of one rank's shard, P=1; rounds None: as many as fit."""
+
+    shapes: tuple[Shape, ...]
+    dtype: str
+    activation: str
+    modes: tuple[str, ...]
+    rounds: int | None
+    graph: bool
+    warm_l2: bool
+    quick: bool
+    command: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a step; see the module docstring."""
+
+    form: str
+    gradients: str | None = None
+
+    def __str__(self) -> str:
+        return self.form if self.gradients is None else f"{self.form}, gradients {self.gradients}"
+
+
+def ways(mode: str, arch: str) -> list[Way]:
+    """Return what to compare on an architecture, unfused first."""
+    forms = [form for form in FORMS if form != DEPENDENT or arch in DEPENDENT_LAUNCHES]
+    gradients = (None,) if mode == "fwd" else (ONE, EACH)
+    return [Way(UNFUSED), *itertools.starmap(Way, itertools.product(forms, gradients))]
+
+
+class Operands:
+    """The operands of one shard's launches, and what the tables say of them."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, activation: str, device: torch.device) -> None:
+        self.activation = activation
+        M, H, F = self.M, self.H, self.F = shape.tokens, shape.hidden, shape.ffn
+        W = self.W = halves(activation) * F
+        like = Operand((M, H), (H, 1), dtype, device, 0)
+        self.x = self.dy = self.y = self.dx = like
+        self.w1 = self.dw1 = fresh(W, H, like)
+        self.w2 = self.dw2 = fresh(H, F, like)
+        self.act, self.d_pre = fresh(M, F, like), fresh(M, W, like)
+
+    def forward(self) -> Choice:
+        """Return the form of forward that the tables choose."""
+        return forward_form(self.x, self.w1, self.w2, self.activation)
+
+    def gradients(self) -> Form:
+        """Return how the tables have the gradients computed."""
+        return form_of(self.d_pre, self.x, self.dy, self.act, self.dw1, self.dw2)
+
+    def configs(self, way: Way) -> dict[str, Config]:
+        """Return launch → its row of the tables."""
+        M, H, F, W = self.M, self.H, self.F, self.W
+        gated = "gated_" if self.activation in GATED_ACTIVATIONS else ""
+        if way.form == UNFUSED:
+            return {}
+        if way.form == SINGLE:
+            found = {"ffn": _row(f"{gated}ffn", M, F, self.x, self.w1, self.w2, self.act, self.y)}
+        else:
+            found = {
+                "linear_act": _row(f"{gated}linear_act", M, F, self.x, self.w1, self.act),
+                "linear": _row("linear", M, H, self.act, self.w2, self.y),
+            }
+        if way.gradients is None:
+            return found
+        found["linear_dact"] = _row(f"{gated}linear_dact", M, F, self.dy, self.w2, self.d_pre, self.act)
+        found["dgrad"] = _row("dgrad", M, H, self.d_pre, self.w1, self.dx)
+        if way.gradients == ONE:
+            matrices = self.d_pre, self.x, self.dy, self.act, self.dw1, self.dw2
+            return found | {"weight_grads": _row("weight_grads", W + F, H, *matrices)}
+        return found | {
+            "wgrad dw1": _row("wgrad", W, H, self.d_pre, self.x, self.dw1),
+            "wgrad dw2": _row("wgrad", H, F, self.dy, self.act, self.dw2),
+        }
+
+
+def _row(kernel: str, rows: int, cols: int, *operands: Operand) -> Config:
+    return configuration(kernel, None, rows, cols, *operands)
+
+
+def _a_launch_each(
+    d_pre: Tensor, x: Tensor, dy: Tensor, act: Tensor, db_partial: Tensor, db2_src: Tensor, *dtypes: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Do what weight_grads does, which see."""
+    weights = wgrad(d_pre, x, dtypes[0]), wgrad(dy, act, dtypes[1])
+    return *weights, column_sum(db_partial, dtypes[2]), column_sum(db2_src, dtypes[3])
+
+
+def launchers(way: Way, configs: dict[str, Config]) -> dict[str, Callable]:
+    """Return the launchers of a way, by the names that passes.py calls."""
+    found: dict[str, Callable] = {"ffn_forward": partial(ffn_forward, form=way.form)}
+    if way.gradients == ONE:
+        found["weight_grads"] = partial(weight_grads, config=configs["weight_grads"])
+    elif way.gradients == EACH:
+        found["weight_grads"] = _a_launch_each
+    return found
+
+
+class LaunchedBy(Step):
+    """A step of ffn, made and run with these launchers in place of the package's own."""
+
+    def __init__(self, kind: str, exchanged: dict[str, Callable], make: Callable[[], Step]) -> None:
+        self.kernels, self.exchanged = vars(implementation(kind)), exchanged
+        with self._in_place():
+            self.step = make()
+        self.mode = self.step.mode
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        own = {name: self.kernels[name] for name in self.exchanged}
+        self.kernels.update(self.exchanged)
+        try:
+            yield
+        finally:
+            self.kernels.update(own)
+
+    def reset(self) -> None:
+        """Reset the step."""
+        self.step.reset()
+
+    def __call__(self) -> None:
+        """Compute."""
+        with self._in_place():
+            self.step()
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the step's last results."""
+        return self.step.outputs()
+
+
+def measure(rank: Rank, settings: Settings) -> dict[str, list]:
+    """Return {"rows": [...], "refused": [why something has no row, ...]}."""
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
+    surroundings = environment.describe(rank) | {"command": settings.command}
+    for shape in settings.shapes:
+        rank.say(f"{shape.tokens} tokens: computing the fp64 reference")
+        full = workloads.draw(shape, settings.dtype, settings.activation, rank.device)
+        problem = workloads.shard(full, 0, 1, settings.activation)
+        reference = workloads.expected(
+            problem, "fwd_bwd" if "fwd_bwd" in settings.modes else "fwd", settings.activation
+        )
+        for mode in settings.modes:
+            steps, errors, wrong = _checked(rank, settings, shape, mode, problem, reference)
+            refused += wrong
+            if steps:
+                rows += [row | surroundings for row in _timed(rank, settings, shape, mode, steps, errors)]
+    return {"rows": rows, "refused": refused}
+
+
+def _checked(
+    rank: Rank, settings: Settings, shape: Shape, mode: str, problem: Problem, reference: dict[str, Tensor]
+) -> tuple[dict[Way, Step], dict[Way, float], list[str]]:
+    """Return the steps of what is right, their errors, and why the others are not among them."""
+    operands = Operands(shape, problem.x.dtype, settings.activation, rank.device)
+    bound = error_bound(settings.dtype, settings.activation)
+    steps: dict[Way, Step] = {}
+    errors: dict[Way, float] = {}
+    refused = []
+    for way in ways(mode, arch_of(rank.device)):
+        name = UNFUSED if way.form == UNFUSED else "fused"
+        forward = IMPLEMENTATIONS[name].build(settings.activation, False)
+        make = partial(make_step, forward, problem, None, mode, settings.graph)
+        what = f"{way} ({shape.tokens} tokens, {settings.dtype}, {mode})"
+        try:
+            exchanged = {} if way.form == UNFUSED else launchers(way, operands.configs(way))
+            step = LaunchedBy(rank.device.type, exchanged, make)
+            error, tensor = worst_error(step, reference, rank)
+        except Exception as failure:
+            traceback.print_exc()
+            refused.append(f"{what} failed: {type(failure).__name__}: {failure}")
+            continue
+        if error <= bound:
+            steps[way], errors[way] = step, error
+        else:
+            refused.append(f"{what} is wrong: {tensor} is off by {error:.2g} against fp64, allowed {bound:.2g}")
+    return steps, errors, refused
+
+
+def _timed(
+    rank: Rank, settings: Settings, shape: Shape, mode: str, steps: dict[Way, Step], errors: dict[Way, float]
+) -> list[dict[str, Any]]:
+    rank.say(f"{shape.tokens} tokens, {mode}: timing {len(steps)} ways")
+    times, rounds = timing.time_rounds(
+        steps, rank, graph=settings.graph, quick=settings.quick, rounds=settings.rounds, warm_l2=settings.warm_l2
+    )
+    operands = Operands(shape, workloads.DTYPES[settings.dtype], settings.activation, rank.device)
+    choice, gradients = operands.forward(), operands.gradients()
+    chosen = Way(choice.form, None if mode == "fwd" else EACH if gradients.config is None else ONE)
+    why = choice.why if mode == "fwd" else f"{choice.why}; {gradients.why}"
+    passes = shape.pass_floors(mode, settings.dtype, settings.activation)
+    floor = environment.floor_ms(environment.device_name(rank.device), settings.dtype, passes)
+    unfused = times.get(Way(UNFUSED))
+    rows = []
+    for way, t in times.items():
+        ms = np.array(t.ms)
+        p20, p50, p80 = np.quantile(ms, (0.2, 0.5, 0.8)).tolist()
+        ratios = [None] * 3 if unfused is None else np.quantile(unfused.ms / ms, (0.2, 0.5, 0.8)).tolist()
+        rows.append(
+            {
+                "form": way.form,
+                "gradients": way.gradients,
+                "mode": mode,
+                "chosen": None if way.form == UNFUSED else way == chosen,
+                "why_chosen": why,
+                "tokens": shape.tokens,
+                "hidden": shape.hidden,
+                "ffn_per_rank": shape.ffn,
+                "activation": settings.activation,
+                "dtype": settings.dtype,
+                "graph": settings.graph,
+                "warm_l2": settings.warm_l2,
+                "iters": rounds,
+                "ms_p20": p20,
+                "ms_p50": p50,
+                "ms_p80": p80,
+                **{f"ratio_p{p}": ratio for p, ratio in zip((20, 50, 80), ratios, strict=True)},
+                "tflops": shape.flops(mode, settings.activation) / p50 / 1e9,
+                "roofline_pct": None if floor is None else 100 * floor / p50,
+                "max_rel_err": errors[way],
+                "configs": {name: asdict(config) for name, config in operands.configs(way).items()},
+            }
+        )
+    return rows
