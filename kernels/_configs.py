@@ -142,7 +142,7 @@ _ODD_STRIDES = {"16bit": _ptr(64, 64, 32, 8, 3), "tf32": _ptr(32, 32, 32, 8, 3),
 _OWN_ODD_STRIDES = {
     ("linear_act", "16bit"): _ptr(64, 32, 32, 8, 3),
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
-    ("gated_linear_dact", "tf32"): _ptr(32, 32, 32, 8, 3, split=True),
+    ("gated_linear_dact", "tf32"): _ptr(64, 32, 32, 8, 2, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
     ("gated_ffn", "ieee"): _ptr(32, 16, 32, 4, 2),
 }
