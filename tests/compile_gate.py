@@ -214,8 +214,7 @@ def check(variant: Variant) -> dict:
     if variant.arch.startswith("sm"):
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
-        gemms = 2 if variant.kernel.removeprefix("gated_") in FORMS_OF_TWO_GEMMS else 1
-        kind = {"gemms": gemms, "counting": counting, "dependent": is_dependent(variant)}
+        kind = {"gemms": 2 if counting else 1, "counting": counting, "dependent": is_dependent(variant)}
         report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, **kind)
     else:
         report = inspect_amd(compiled, variant.arch, counting)
