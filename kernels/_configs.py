@@ -144,7 +144,7 @@ _OWN_ODD_STRIDES = {
     ("gated_linear_dact", "16bit"): _ptr(64, 32, 64, 8, 2, split=True),
     ("gated_linear_dact", "tf32"): _ptr(64, 32, 32, 8, 2, split=True),
     ("gated_linear_dact", "ieee"): _ptr(32, 32, 32, 4, 3),
-    ("ffn", "ieee"): _ptr(32, 32, 32, 8, 2),
+    ("ffn", "ieee"): _ptr(32, 16, 32, 8, 2),
     ("gated_ffn", "ieee"): _ptr(32, 16, 32, 4, 2),
 }
 # Streaming multiprocessors (compute units) that a grid should fill.
