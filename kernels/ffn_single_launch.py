@@ -173,13 +173,13 @@ def ffn_kernel(
 def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic, config) -> tuple:
     """Return M, N, W, H, the number of counters, and the launch."""
     x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
-    M, W, K = check_operands("ffn w1", x, w1, trans_b=True)
+    M, W, K = check_operands("ffn Linear1", x, w1, trans_b=True)
     gated = activation in GATED_ACTIVATIONS
     if gated and W % 2:
         raise ValueError(f"ffn w1: {activation} takes gate and up rows, got an odd number: {tuple(w1.shape)}")
     N = W // 2 if gated else W
     act = fresh(M, N, x)
-    _, H, _ = check_operands("ffn w2", act, w2, trans_b=True)
+    _, H, _ = check_operands("ffn Linear2", act, w2, trans_b=True)
     for name, bias, width in (("b1", b1, W), ("b2", b2, H)):
         if bias is not None:
             check_contiguous(f"ffn {name}", Operand(*bias), (width,), like=x)

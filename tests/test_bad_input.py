@@ -30,7 +30,7 @@ BAD_CALLS = [
     ({"b2": t(1, 8)}, ValueError, r"b2 must be \[8\].*b2 \[1, 8\]"),
     ({"w1": t(12, 8, dtype=torch.bfloat16)}, TypeError, "x torch.float32, w1 torch.bfloat16"),
     ({k: v.long() for k, v in GOOD.items()}, TypeError, "dtype torch.int64 is not one of torch.float32"),
-    ({k: v.double() for k, v in GOOD.items()}, ValueError, "linear_act first operand: dtype torch.float64 is not one"),
+    ({k: v.double() for k, v in GOOD.items()}, ValueError, "ffn Linear1 first operand: dtype torch.float64 is not one"),
     ({"w2": t(8, 12, device="meta")}, ValueError, "x cpu, w1 cpu, w2 meta"),
     ({"activation": "swish"}, ValueError, "activation 'swish' is not one of gelu, .*swiglu"),
     ({"activation": ["gelu"]}, ValueError, r"activation \['gelu'\] is not one of"),
