@@ -65,7 +65,7 @@ SIZES = [((40,), 64, 96), ((2, 20), 45, 71), ((300,), 64, 128)]
 @pytest.mark.parametrize("save", ["pre_act", "nothing"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize(("lead", "H", "F"), SIZES)
+@pytest.mark.parametrize(("lead", "H", "F"), SIZES[:2])
 def test_one_rank(lead, H, F, activation, bias, save):
     problem = draw(lead, H, F, activation=activation, dtype=torch.bfloat16, bias=bias)
     assert explained(lead, H, F, activation, bias=bias, save=save) == launched(problem, save=save)
