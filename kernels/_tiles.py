@@ -70,13 +70,13 @@ def gemm_tile(
                 b_tile = b.load([k, tile_n * BLOCK_N])
             acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
     else:
-        # Rows and columns past M and N wrap around instead of being masked: they are never stored, and only K needs
-        # a mask in the loop.
+        # Rows and columns past M and N are those of other tiles instead of being masked: they are never stored, and
+        # only K needs a mask in the loop.
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         if TRANS_A:
             offs_m = offs_m % M
         else:
-            # Not around to row 0: in a single launch others may still be writing that row block.
+            # Of this row block, not of the first: in a single launch others may still be writing that one.
             offs_m = tl.minimum(offs_m, M - 1)
         offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
         offs_k = tl.arange(0, BLOCK_K)

@@ -23,6 +23,12 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, K, N: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def inline_kernel(x_ptr, ASM: tl.constexpr):
+    tl.inline_asm_elementwise(ASM, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(x_ptr, 1.0)
+
+
+@triton.jit
 def round_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(y_ptr.dtype.element_ty))
@@ -75,3 +81,13 @@ def test_arithmetic_and_constants():
     arithmetic_kernel[(1,)](x, y, out, 64)
     assert torch.equal(out[:64], torch.where(x > y, x + y, x * y))
     assert torch.equal(out[64:], 3 * x - y)
+
+
+def test_inline_ptx_that_only_orders_memory_is_passed_over():
+    x = torch.zeros(1)
+    inline_kernel[(1,)](x, "fence.proxy.async; // dummy $0")
+    assert x.item() == 1
+    x.zero_()
+    with pytest.raises(Exception, match="inline_asm not supported"):
+        inline_kernel[(1,)](x, "mov.u32 $0, 7;")
+    assert x.item() == 0
