@@ -2,6 +2,9 @@
 
 import os
 
+# Of the interpreter's products; before the first import of numpy. Workers and ranks share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ if not torch.cuda.is_available():
 from rank_pool import Ranks
 
 from tpffn_triton import interpreter
+from tpffn_triton.kernels import _configs, forward, weight_grads
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +51,19 @@ def poisoned_memory(monkeypatch):
         return t.fill_(float("nan")) if t.is_floating_point() else t
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def in_several_launches(monkeypatch):
+    """Tables that never ask for one launch: sizes for which they do not take long to interpret."""
+    caches = forward._form, weight_grads._prepare
+    for arch in _configs.MOST_WAVES:
+        monkeypatch.setitem(_configs.MOST_WAVES, arch, 0)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(params=["triton", "native"])

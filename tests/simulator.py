@@ -21,7 +21,6 @@ triton 3.9's `atomic_load`, `atomic_store` and `atomic_poll`, count as plain acc
 """
 
 import ctypes
-import functools
 import random
 import threading
 from collections import deque
@@ -34,8 +33,9 @@ import torch
 import triton
 from shadow_memory import READS, UPDATES, UPDATES_IN_CTA, WRITES, Fault, ShadowMemory
 from simulated_programs import Launch, Program, kernel_lines, unwrapped
-from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from tpffn_triton.interpreter import patched_once
 
 
 class Deadlock(Fault):
@@ -123,19 +123,17 @@ class Simulation:
             program.number, program.pace = number, 10 ** -self._random.random()
         self._memory.begin(len(programs))
         self._running = None
-        # Once a function; the interpreter does it for every call of one, and that takes a third of its time.
-        patch = functools.cache(interpreter._patch_lang)
-        scopes = [patch(launch.function) for launch in launches]
-        try:
-            with mock.patch.object(interpreter, "_patch_lang", patch):
+        with patched_once() as patch:
+            scopes = [patch(launch.function) for launch in launches]
+            try:
                 while self._start(waiting):
                     self._turn(waiting)
-        finally:
-            for program in self._live:
-                program.end()
-            self._live.clear()
-            for scope in reversed(scopes):
-                scope.restore()
+            finally:
+                for program in self._live:
+                    program.end()
+                self._live.clear()
+                for scope in reversed(scopes):
+                    scope.restore()
 
     def _in_order(self, programs: list[Program]) -> list[Program]:
         return self._random.sample(programs, len(programs)) if self._order == "random" else programs
