@@ -18,7 +18,7 @@ import report
 import torch
 from comm_fit import fit_machine
 from comm_measure import Settings, measure
-from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, say_written, world_sizes
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, names, numbers, say_written
 from workloads import DTYPES
 
 from tpffn_triton.machines import Machine
@@ -68,7 +68,7 @@ def world_sizes_of(given: str | None, device_type: str) -> tuple[int, ...]:
         given = str(attached) if attached else "1,2,4" if not gpus else ",".join(
             str(1 << power) for power in range(gpus.bit_length())
         )  # fmt: skip
-    found = world_sizes(given, least=1)
+    found = numbers(given, "--tp", "P", least=1)
     if found[-1] == 1:
         raise ValueError("--tp needs a P above 1: one rank has nobody to communicate with")
     if attached is not None and found != (attached,):

@@ -57,14 +57,14 @@ def given_sizes(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
 
 
-def world_sizes(given: str, least: int) -> tuple[int, ...]:
-    """Return every P of "1,2,4", ascending. Raises: ValueError: another form, or one below the least."""
+def numbers(given: str, flag: str, symbol: str, least: int) -> tuple[int, ...]:
+    """Return every number of "1,2,4", ascending. Raises: ValueError: another form, or one below the least."""
     try:
-        found = tuple(sorted({int(p) for p in given.split(",")}))
+        found = tuple(sorted({int(number) for number in given.split(",")}))
     except ValueError:
         found = (0,)
     if found[0] < least:
-        raise ValueError(f"--tp takes P,P,... with every P at least {least}, got {given!r}")
+        raise ValueError(f"{flag} takes {symbol},{symbol},... with every {symbol} at least {least}, got {given!r}")
     return found
 
 

@@ -14,7 +14,7 @@ import checkout  # noqa: F401
 import forms_plot
 import ranks
 import report
-from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, say_written
+from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, numbers, say_written
 from forms_measure import UNFUSED, Settings, measure
 from report import Row
 from workloads import DTYPES, MODES, Shape
@@ -87,7 +87,8 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     tokens, hidden, ffn = DEFAULTS[device_type]
     hidden = hidden if args.hidden is None else args.hidden
     ffn = ffn if args.ffn is None else args.ffn
-    shapes = tuple(Shape(f"M={M}", 1, M, hidden, ffn, tp=1) for M in _numbers(args.tokens or tokens))
+    every_m = numbers(args.tokens or tokens, "--tokens", "M", least=1)
+    shapes = tuple(Shape(f"M={M}", 1, M, hidden, ffn, tp=1) for M in every_m)
     if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.plot)
@@ -95,17 +96,6 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     modes = (args.mode,) if args.mode else MODES
     how = {"graph": args.graph, "warm_l2": args.warm_l2, "quick": args.quick}
     return Settings(shapes, args.dtype, args.activation, modes, args.iters, command=command, **how)
-
-
-def _numbers(given: str) -> tuple[int, ...]:
-    """Return every M of "64,256", ascending. Raises: ValueError: another form, or one below 1."""
-    try:
-        found = tuple(sorted({int(number) for number in given.split(",")}))
-    except ValueError:
-        found = (0,)
-    if found[0] < 1:
-        raise ValueError(f"--tokens takes M,M,... with every M at least 1, got {given!r}")
-    return found
 
 
 def table(rows: list[Row], refused: list[str]) -> str:

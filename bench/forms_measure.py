@@ -33,13 +33,12 @@ from torch import Tensor
 from workloads import Problem, Shape
 
 from tpffn_triton.backends import implementation
+from tpffn_triton.explanation import Shard
 from tpffn_triton.kernels._configs import Config, arch_of
-from tpffn_triton.kernels._launch import Operand, configuration, fresh
-from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import column_sum
-from tpffn_triton.kernels.forward import DEPENDENT, DEPENDENT_LAUNCHES, FORMS, SINGLE, Choice, ffn_forward, forward_form
+from tpffn_triton.kernels.forward import DEPENDENT, DEPENDENT_LAUNCHES, FORMS, ffn_forward
 from tpffn_triton.kernels.matmul import wgrad
-from tpffn_triton.kernels.weight_grads import Form, form_of, weight_grads
+from tpffn_triton.kernels.weight_grads import weight_grads
 
 UNFUSED = "unfused"
 ONE, EACH = "one launch", "a launch each"
@@ -78,55 +77,20 @@ def ways(mode: str, arch: str) -> list[Way]:
     return [Way(UNFUSED), *itertools.starmap(Way, itertools.product(forms, gradients))]
 
 
-class Operands:
-    """The operands of one shard's launches, and what the tables say of them."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, activation: str, device: torch.device) -> None:
-        self.activation = activation
-        M, H, F = self.M, self.H, self.F = shape.tokens, shape.hidden, shape.ffn
-        W = self.W = halves(activation) * F
-        like = Operand((M, H), (H, 1), dtype, device, 0)
-        self.x = self.dy = self.y = self.dx = like
-        self.w1 = self.dw1 = fresh(W, H, like)
-        self.w2 = self.dw2 = fresh(H, F, like)
-        self.act, self.d_pre = fresh(M, F, like), fresh(M, W, like)
-
-    def forward(self) -> Choice:
-        """Return the form of forward that the tables choose."""
-        return forward_form(self.x, self.w1, self.w2, self.activation)
-
-    def gradients(self) -> Form:
-        """Return how the tables have the gradients computed."""
-        return form_of(self.d_pre, self.x, self.dy, self.act, self.dw1, self.dw2)
-
-    def configs(self, way: Way) -> dict[str, Config]:
-        """Return launch → its row of the tables."""
-        M, H, F, W = self.M, self.H, self.F, self.W
-        gated = "gated_" if self.activation in GATED_ACTIVATIONS else ""
-        if way.form == UNFUSED:
-            return {}
-        if way.form == SINGLE:
-            found = {"ffn": _row(f"{gated}ffn", M, F, self.x, self.w1, self.w2, self.act, self.y)}
-        else:
-            found = {
-                "linear_act": _row(f"{gated}linear_act", M, F, self.x, self.w1, self.act),
-                "linear": _row("linear", M, H, self.act, self.w2, self.y),
-            }
-        if way.gradients is None:
-            return found
-        found["linear_dact"] = _row(f"{gated}linear_dact", M, F, self.dy, self.w2, self.d_pre, self.act)
-        found["dgrad"] = _row("dgrad", M, H, self.d_pre, self.w1, self.dx)
-        if way.gradients == ONE:
-            matrices = self.d_pre, self.x, self.dy, self.act, self.dw1, self.dw2
-            return found | {"weight_grads": _row("weight_grads", W + F, H, *matrices)}
-        return found | {
-            "wgrad dw1": _row("wgrad", W, H, self.d_pre, self.x, self.dw1),
-            "wgrad dw2": _row("wgrad", H, F, self.dy, self.act, self.dw2),
-        }
+def shard_of(shape: Shape, dtype: str, activation: str, arch: str) -> Shard:
+    """Return the shard that tells launches and their rows of the tables."""
+    return Shard(shape.tokens, shape.tokens, shape.hidden, shape.ffn, activation, workloads.DTYPES[dtype], True, arch)
 
 
-def _row(kernel: str, rows: int, cols: int, *operands: Operand) -> Config:
-    return configuration(kernel, None, rows, cols, *operands)
+def configs(shard: Shard, way: Way) -> dict[str, Config]:
+    """Return launch → its row of the tables."""
+    if way.form == UNFUSED:
+        return {}
+    launches, _ = shard.forward(form=way.form)
+    if way.gradients is not None:
+        launches += shard.backward(at_once=way.gradients == ONE)[0]
+    names = (f"wgrad {row.computes}" if row.kernel == "wgrad" else row.kernel for row in launches)
+    return {name: row.config for name, row in zip(names, launches, strict=True) if row.config is not None}
 
 
 def _a_launch_each(
@@ -137,11 +101,11 @@ def _a_launch_each(
     return *weights, column_sum(db_partial, dtypes[2]), column_sum(db2_src, dtypes[3])
 
 
-def launchers(way: Way, configs: dict[str, Config]) -> dict[str, Callable]:
+def launchers(way: Way, rows: dict[str, Config]) -> dict[str, Callable]:
     """Return the launchers of a way, by the names that passes.py calls."""
     found: dict[str, Callable] = {"ffn_forward": partial(ffn_forward, form=way.form)}
     if way.gradients == ONE:
-        found["weight_grads"] = partial(weight_grads, config=configs["weight_grads"])
+        found["weight_grads"] = partial(weight_grads, config=rows["weight_grads"])
     elif way.gradients == EACH:
         found["weight_grads"] = _a_launch_each
     return found
@@ -203,7 +167,7 @@ def _checked(
     rank: Rank, settings: Settings, shape: Shape, mode: str, problem: Problem, reference: dict[str, Tensor]
 ) -> tuple[dict[Way, Step], dict[Way, float], list[str]]:
     """Return the steps of what is right, their errors, and why the others are not among them."""
-    operands = Operands(shape, problem.x.dtype, settings.activation, rank.device)
+    shard = shard_of(shape, settings.dtype, settings.activation, arch_of(rank.device))
     bound = error_bound(settings.dtype, settings.activation)
     steps: dict[Way, Step] = {}
     errors: dict[Way, float] = {}
@@ -214,7 +178,7 @@ def _checked(
         make = partial(make_step, forward, problem, None, mode, settings.graph)
         what = f"{way} ({shape.tokens} tokens, {settings.dtype}, {mode})"
         try:
-            exchanged = {} if way.form == UNFUSED else launchers(way, operands.configs(way))
+            exchanged = {} if way.form == UNFUSED else launchers(way, configs(shard, way))
             step = LaunchedBy(rank.device.type, exchanged, make)
             error, tensor = worst_error(step, reference, rank)
         except Exception as failure:
@@ -235,8 +199,8 @@ def _timed(
     times, rounds = timing.time_rounds(
         steps, rank, graph=settings.graph, quick=settings.quick, rounds=settings.rounds, warm_l2=settings.warm_l2
     )
-    operands = Operands(shape, workloads.DTYPES[settings.dtype], settings.activation, rank.device)
-    choice, gradients = operands.forward(), operands.gradients()
+    shard = shard_of(shape, settings.dtype, settings.activation, arch_of(rank.device))
+    choice, gradients = shard.choice, shard.gradients
     chosen = Way(choice.form, None if mode == "fwd" else EACH if gradients.config is None else ONE)
     why = choice.why if mode == "fwd" else f"{choice.why}; {gradients.why}"
     passes = shape.pass_floors(mode, settings.dtype, settings.activation)
@@ -269,7 +233,7 @@ def _timed(
                 "tflops": shape.flops(mode, settings.activation) / p50 / 1e9,
                 "roofline_pct": None if floor is None else 100 * floor / p50,
                 "max_rel_err": errors[way],
-                "configs": {name: asdict(config) for name, config in operands.configs(way).items()},
+                "configs": {name: asdict(config) for name, config in configs(shard, way).items()},
             }
         )
     return rows

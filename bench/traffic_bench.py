@@ -29,8 +29,8 @@ from command_line import (
     check_writable,
     exit_with,
     given_sizes,
+    numbers,
     say_written,
-    world_sizes,
 )
 from traffic_measure import Settings, measure, plans
 from workloads import SHAPES, Shape
@@ -87,7 +87,7 @@ def settings_of(args: argparse.Namespace, command: str) -> list[Settings]:
     """Return what to count, for each P. Raises: ValueError: arguments that do not fit."""
     if ranks.attached_world_size() is not None:
         raise ValueError("it starts its ranks itself, in a network namespace of their own: run it without torchrun")
-    every_p = world_sizes(args.tp, least=2)  # one rank sends nothing
+    every_p = numbers(args.tp, "--tp", "P", least=2)  # one rank sends nothing
     repeats = (2 if args.quick else 10) if args.repeats is None else args.repeats
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")

@@ -183,9 +183,11 @@ def odd_strides(kernel: str, arithmetic: str) -> Config:
     return _OWN_ODD_STRIDES.get((kernel, arithmetic), _ODD_STRIDES[arithmetic])
 
 
-def in_one_launch(arch: str, tiles: int) -> bool:
-    """Say whether what could be several launches, of so many tiles the largest, is one."""
-    return tiles <= MOST_WAVES[arch] * PROCESSORS[arch]
+def in_one_launch(arch: str, tiles: int) -> tuple[bool, str]:
+    """Say whether what could be several launches, the largest of so many tiles, is one; and why."""
+    most = MOST_WAVES[arch]
+    one = tiles <= most * PROCESSORS[arch]
+    return one, f"{'at most' if one else 'more than'} {most} on each"
 
 
 def select(kernel: str, like, rows: int, cols: int, arch: str | None = None) -> Config:

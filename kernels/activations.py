@@ -39,6 +39,17 @@ def halves(activation: str) -> int:
     return 2 if activation in GATED_ACTIVATIONS else 1
 
 
+def features(name: str, activation: str, weight: tuple[int, ...]) -> int:
+    """Return the features of act where Linear1's weight has this shape, [W, K]; name: what the message calls it.
+
+    Raises: ValueError: an odd number of rows where the activation is gated.
+    """
+    stacks = halves(activation)
+    if weight[0] % stacks:
+        raise ValueError(f"{name}: {activation} takes gate and up rows, got an odd number: {tuple(weight)}")
+    return weight[0] // stacks
+
+
 def kernel_activation(activation: str, itemsize: int) -> str:
     """Return the ACTIVATION constant of a kernel that stores elements of `itemsize` bytes: the gate's, if gated.
 

@@ -39,12 +39,13 @@ from ._launch import (
     check_operands,
     configuration,
     fresh,
+    grid,
     prepared_once,
     signature,
 )
 from ._ordering import fence_async_proxy
 from ._tiles import grouped_tile
-from .activations import GATED_ACTIVATIONS, kernel_activation
+from .activations import GATED_ACTIVATIONS, features, kernel_activation
 from .linear_act import act_tile, gated_act_tile
 from .matmul import matmul_tile
 
@@ -174,10 +175,7 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
     """Return M, N, W, H, the number of counters, and the launch."""
     x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
     M, W, K = check_operands("ffn Linear1", x, w1, trans_b=True)
-    gated = activation in GATED_ACTIVATIONS
-    if gated and W % 2:
-        raise ValueError(f"ffn w1: {activation} takes gate and up rows, got an odd number: {tuple(w1.shape)}")
-    N = W // 2 if gated else W
+    gated, N = activation in GATED_ACTIVATIONS, features("ffn w1", activation, w1.shape)
     act = fresh(M, N, x)
     _, H, _ = check_operands("ffn Linear2", act, w2, trans_b=True)
     for name, bias, width in (("b1", b1, W), ("b2", b2, H)):
@@ -191,13 +189,11 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
     config = configuration("gated_ffn" if gated else "ffn", config, M, N, x, w1, w2, act, y)
     if gated and config.SPLIT_EPILOGUE:
         raise ValueError(f"ffn: no split epilogue with {activation}, got {config}")
-    row_blocks = triton.cdiv(M, config.BLOCK_M)
-    columns = triton.cdiv(N, config.BLOCK_N) + triton.cdiv(H, config.BLOCK_N)
     weight_tile, stored_tile = (config.BLOCK_N, config.BLOCK_K), (config.BLOCK_M, config.STORED_N)
     half = Operand((M, N), (W, 1), x.dtype, x.device, 0) if save_pre_act else act
     launch = Launch(
         ffn_kernel,
-        (row_blocks * columns, 1, 1),
+        (grid(config, M, N)[0] + grid(config, M, H)[0], 1, 1),
         views=(
             (x, (config.BLOCK_M, config.BLOCK_K)),
             (w1, weight_tile),
@@ -218,7 +214,7 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
             "PRECISION": _configs.PRECISION[arithmetic],
         },
     )
-    return M, N, W, H, 1 + row_blocks, launch
+    return M, N, W, H, 1 + triton.cdiv(M, config.BLOCK_M), launch
 
 
 def ffn_single_launch(

@@ -11,11 +11,10 @@ Shapes and dtypes: ffn_single_launch.py. Forms that choose the same tiles give t
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import _configs
 from ._configs import Config
-from ._launch import Operand, configuration, fresh, prepared_once, signature
+from ._launch import Operand, configuration, fresh, grid, prepared_once, signature
 from .activations import GATED_ACTIVATIONS, halves
 from .ffn_single_launch import ffn_single_launch
 from .linear_act import linear_act
@@ -28,7 +27,7 @@ DEPENDENT_LAUNCHES = ("sm_90", "sm_100")
 
 
 class Choice(NamedTuple):
-    """A form, the configuration of a single launch (other kernels choose their own), and why it is that form."""
+    """A form, the configuration that a single launch has (None: nothing to compute), and why it is that form."""
 
     form: str
     config: Config | None
@@ -44,15 +43,14 @@ def forward_form(x: Operand, w1: Operand, w2: Operand, activation: str, arch: st
     kernel = "gated_ffn" if activation in GATED_ACTIVATIONS else "ffn"
     act, y = fresh(M, N, x), fresh(M, H, x)
     config = configuration(kernel, None, M, N, x, w1, w2, act, y, arch=arch)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    counted = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors"
-    if _configs.in_one_launch(arch, tiles):
-        return Choice(SINGLE, config, f"{counted}, at most {_configs.MOST_WAVES[arch]} on each")
+    tiles = grid(config, M, N)[0]
+    one, load = _configs.in_one_launch(arch, tiles)
+    why = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors, {load}"
+    if one:
+        return Choice(SINGLE, config, why)
     if arch in DEPENDENT_LAUNCHES:
-        return Choice(DEPENDENT, None, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each")
-    return Choice(
-        TWO, None, f"{counted}, more than {_configs.MOST_WAVES[arch]} on each; no dependent launches on {arch}"
-    )
+        return Choice(DEPENDENT, config, why)
+    return Choice(TWO, config, f"{why}; no dependent launches on {arch}")
 
 
 @prepared_once

@@ -31,7 +31,7 @@ from ._launch import (
 )
 from ._ordering import launch_dependents
 from ._tiles import add_row_vector, column_parts, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
-from .activations import GATED_ACTIVATIONS, activate, kernel_activation
+from .activations import GATED_ACTIVATIONS, activate, features, kernel_activation
 
 
 @triton.jit
@@ -196,10 +196,7 @@ def _prepare(x, weight, bias, activation, save_pre_act, has_dependent, arithmeti
     M, width, K = check_operands("linear_act", x, weight, trans_b=True)
     if bias is not None:
         check_contiguous("linear_act bias", Operand(*bias), (width,), like=x)
-    gated = activation in GATED_ACTIVATIONS
-    if gated and width % 2:
-        raise ValueError(f"linear_act: {activation} takes gate and up rows, got an odd number: {tuple(weight.shape)}")
-    N = width // 2 if gated else width
+    gated, N = activation in GATED_ACTIVATIONS, features("linear_act", activation, weight.shape)
     constant = kernel_activation(activation, x.dtype.itemsize)
     if M == 0 or N == 0:
         return M, N, width, None

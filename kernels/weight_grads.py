@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import _configs
-from ._configs import MOST_WAVES, PROCESSORS, Config, in_one_launch
+from ._configs import PROCESSORS, Config, in_one_launch
 from ._launch import (
     Launch,
     Operand,
@@ -149,9 +149,8 @@ def form_of(
     size = f"{tiles} tiles of the larger gradient on {PROCESSORS[arch]} processors"
     if config is not None:
         return Form(config, f"asked for; {size}")
-    if in_one_launch(arch, tiles):
-        return Form(row, f"{size}, at most {MOST_WAVES[arch]} on each")
-    return Form(None, f"{size}, more than {MOST_WAVES[arch]} on each")
+    one, load = in_one_launch(arch, tiles)
+    return Form(row if one else None, f"{size}, {load}")
 
 
 def _checked(matrices, grads, sources, dtypes) -> tuple:

@@ -57,11 +57,17 @@ def rows_of(*kernels: str) -> list:
     return [*found.values()]
 
 
+def need_sm_90(device: str, what: str) -> None:
+    """Skip a test of `what` on an older GPU; the interpreter has everything."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip(f"{what}: needs compute capability 9.0")
+
+
 @contextlib.contextmanager
 def running(config: Config, arithmetic: str, device: str) -> Iterator[torch.dtype]:
     """Yield the dtype to try a row with, fp32 GEMMs set to its arithmetic; skips what this GPU cannot run."""
-    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
+    if config.USE_TMA:
+        need_sm_90(device, "TMA")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
     try:

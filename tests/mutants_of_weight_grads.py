@@ -72,7 +72,7 @@ MUTANTS = {
             "triton.cdiv(src.shape[1], SUM_COLS) for src in summed[:1])",
             INTEGERS.format("smoke"),
         ),
-        ("one launch however large", "if in_one_launch(arch, tiles):", "if True:", FORM),
+        ("one launch however large", "Form(row if one else None,", "Form(row,", FORM),
         ("size of the smaller gradient", "tiles = max(", "tiles = min(", FORM),
         ("one launch for gradients of two dtypes", "if dw1.dtype != dw2.dtype:", "if False:", FORM),
         (

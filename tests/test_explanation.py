@@ -10,7 +10,6 @@ from rank_pool import use
 
 import tpffn_triton as tp
 from tpffn_triton import interpreter
-from tpffn_triton.kernels import _configs, forward, weight_grads
 from tpffn_triton.kernels._launch import Launch
 
 pytestmark = pytest.mark.cpu_only  # interpreted kernels use the rows of sm_90
@@ -46,18 +45,6 @@ def explained(lead, H, F, activation, **options) -> list[tuple[str, int, int]]:
     ]
 
 
-@pytest.fixture
-def no_launches_at_once(monkeypatch):
-    """Sizes whose tiles are too many for one launch take long to interpret; so none are few enough."""
-    caches = forward._form, weight_grads._prepare
-    for cache in caches:
-        cache.cache_clear()
-    monkeypatch.setitem(_configs.MOST_WAVES, "sm_90", 0)
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
 # Tokens; aligned and odd sizes; 300 rows of dy are summed in two passes.
 SIZES = [((40,), 64, 96), ((2, 20), 45, 71), ((300,), 64, 128)]
 
@@ -71,7 +58,7 @@ def test_one_rank(lead, H, F, activation, bias, save):
     assert explained(lead, H, F, activation, bias=bias, save=save) == launched(problem, save=save)
 
 
-@pytest.mark.usefixtures("no_launches_at_once")
+@pytest.mark.usefixtures("in_several_launches")
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize(("lead", "H", "F"), SIZES)
 def test_one_rank_with_launches_apart(lead, H, F, activation):

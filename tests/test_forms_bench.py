@@ -20,7 +20,7 @@ import forms_measure
 import implementations
 import steps
 import workloads
-from forms_measure import EACH, ONE, UNFUSED, LaunchedBy, Operands, Way, ways
+from forms_measure import EACH, ONE, UNFUSED, LaunchedBy, Way, ways
 
 import tpffn_triton as tp
 from tpffn_triton.kernels.forward import DEPENDENT, FORMS, SINGLE, TWO
@@ -82,11 +82,11 @@ def test_every_way_is_timed(activation: str, sizes, bench, tmp_path: Path, capsy
 def test_each_way_launches_what_it_says() -> None:
     shape = workloads.Shape("", 1, 24, 32, 48, 1)
     problem = workloads.shard(workloads.draw(shape, "bf16", "gelu", CPU), 0, 1, "gelu")
-    operands = Operands(shape, torch.bfloat16, "gelu", CPU)
+    shard = forms_measure.shard_of(shape, "bf16", "gelu", "sm_90")
     forward = implementations.IMPLEMENTATIONS["fused"].build("gelu", False)
     backward = {"linear_dact_kernel": 1, "matmul_kernel": 1}
     for way in ways("fwd_bwd", "sm_90")[1:]:
-        exchanged = forms_measure.launchers(way, operands.configs(way))
+        exchanged = forms_measure.launchers(way, forms_measure.configs(shard, way))
         step = LaunchedBy("cpu", exchanged, lambda: steps.make_step(forward, problem, None, "fwd_bwd", False))
         with count_launches() as launches:
             step()

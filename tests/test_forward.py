@@ -3,7 +3,7 @@
 import pytest
 import torch
 from acceptance import assert_accurate
-from kernel_cases import FFN_SHAPES, assert_same, ffn_operands, ffn_results, randn
+from kernel_cases import FFN_SHAPES, assert_same, ffn_operands, ffn_results, need_sm_90, randn
 from launches import count_launches
 
 from tpffn_triton import interpreter
@@ -58,8 +58,8 @@ def test_the_boundary_is_in_the_table():
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_computes_the_same(form, activation, keep, device):
-    if form == DEPENDENT and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("dependent launches need compute capability 9.0")
+    if form == DEPENDENT:
+        need_sm_90(device, "dependent launches")
     args = ffn_operands(randn, FFN_SHAPES["tiles"], activation, torch.bfloat16, device)
     exact = ffn_results([t.double() for t in args], activation)
     eager = ffn_results(args, activation)
@@ -94,8 +94,7 @@ def test_rejected(device):
 
 @pytest.mark.gpu
 def test_dependent_launches_in_a_graph():
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("dependent launches need compute capability 9.0")
+    need_sm_90("cuda", "dependent launches")
     args = ffn_operands(randn, (1000, 256, 512, 256), "gelu", torch.bfloat16, "cuda")
     expected_y, _ = ffn_forward(*args, "gelu", "nothing", None, TWO)
     graph = torch.cuda.CUDAGraph()

@@ -6,13 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_cases import TINY, TMA
 from shadow_memory import Race, Uninitialised
 from simulator import Deadlock, Simulation
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import matmul
-from tpffn_triton.kernels._configs import Config
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
@@ -238,7 +238,7 @@ def test_what_cannot_be_simulated_is_refused(monkeypatch):
         pass
 
 
-CONFIGS = [Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, USE_TMA=True)]
+CONFIGS = [TINY, TMA]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["pointers", "TMA"])

@@ -19,6 +19,7 @@ from kernel_cases import (
     ffn_operands,
     ffn_results,
     integers,
+    need_sm_90,
     randn,
     rows_of,
     running,
@@ -62,8 +63,8 @@ def test_against_fp64(shape, activation, dtype, device):
 @pytest.mark.parametrize("activation", ["relu", "geglu"])
 def test_small_integers_are_exact(activation, config, device):
     """act of relu is rounded to bf16, so y is compared with the fp64 product of that."""
-    if config is TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
+    if config is TMA:
+        need_sm_90(device, "TMA")
     args = ffn_operands(integers, FFN_SHAPES["tiles"], activation, torch.bfloat16, device)
     y, act, pre_act = ffn_single_launch(*args, activation, True, torch.float32, config)
     _, exact, exact_pre_act = ffn_results([t.double() for t in args], activation)
@@ -87,8 +88,7 @@ def test_every_configuration_row(kernel, arithmetic, config, device):
 def test_analysed_shard(device):
     """B=8 S=128 H=1024 F=4096 P=4 in bf16, with the row of sm_90's table for it."""
     config = next(row for row in TABLES["sm_90"]["ffn", "16bit"] if row.BLOCK_N == 64)
-    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
+    need_sm_90(device, "TMA")
     args = ffn_operands(randn, (1024, 1024, 1024, 1024), "gelu", torch.bfloat16, device)
     ours = ffn_single_launch(*args, "gelu", True, config=config)
     assert_same(ours, two_launches(args, "gelu", config=config))
@@ -112,8 +112,8 @@ def test_launches_leave_the_counters_at_zero(activation, device):
 @pytest.mark.parametrize("config", [TINY, TMA, SPLIT], ids=["tiny", "tma", "split"])
 def test_ticket_orders(config, group, device):
     """Row blocks in groups of any size, the last one smaller, give the same bits."""
-    if config.USE_TMA and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA needs compute capability 9.0")
+    if config.USE_TMA:
+        need_sm_90(device, "TMA")
     args = ffn_operands(randn, (200, 64, 96, 80), "gelu_tanh", torch.bfloat16, device)
     ours = ffn_single_launch(*args, "gelu_tanh", True, config=replace(config, GROUP_M=group))
     assert_same(ours, two_launches(args, "gelu_tanh", config=config))

@@ -1,20 +1,17 @@
 """All weight and bias gradients in one launch: against eager and fp64, against a launch each, and which is chosen."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from acceptance import assert_accurate, assert_exact
 from ffn_cases import draw
-from kernel_cases import compare_exact, integers, randn, rows_of, running
+from kernel_cases import DTYPES, TINY, TMA, compare_exact, integers, randn, rows_of, running
 from launches import count_launches
 
 import tpffn_triton as tp
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs
-from tpffn_triton.kernels import weight_grads as kernels
-from tpffn_triton.kernels._configs import Config
 from tpffn_triton.kernels._launch import Operand, fresh
 from tpffn_triton.kernels.column_sum import column_sum
 from tpffn_triton.kernels.matmul import wgrad
@@ -23,7 +20,6 @@ from tpffn_triton.kernels.weight_grads import form_of, weight_grads, weight_grad
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreter.install()
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # M, W, H, F: inside one tile of the smallest row, over several, gated, and at odd strides.
 SHAPES = {
     "smoke": (24, 40, 32, 40),
@@ -31,7 +27,6 @@ SHAPES = {
     "gated": (96, 208, 80, 104),
     "odd": (67, 71, 45, 39),
 }
-TINY = Config(32, 32, 32, 4, 2)
 ONE_LAUNCH = {"weight_grads_kernel": 1}
 NAMES = ("dw1", "dw2", "db1", "db2")
 
@@ -123,16 +118,6 @@ def test_launches_repeat_bit_for_bit(device):
     first = weight_grads(*given)
     for again in (weight_grads(*given) for _ in range(3)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.fixture
-def in_several_launches(monkeypatch):
-    """Tables that never ask for one launch."""
-    for arch in _configs.MOST_WAVES:
-        monkeypatch.setitem(_configs.MOST_WAVES, arch, 0)
-    kernels._prepare.cache_clear()
-    yield
-    kernels._prepare.cache_clear()
 
 
 @pytest.mark.usefixtures("in_several_launches")
@@ -255,7 +240,7 @@ def test_backward_is_three_launches(activation, device):
         ({"db2_src": (4, 8)}, r"db2_src: expected 6 columns on .*, got \(4, 8\)"),
         ({"w2_dtype": torch.float64}, "dw2: dtype torch.float64 is not"),
         ({"b1_dtype": torch.int32}, "sum of db_partial: dtype torch.int32 is not"),
-        ({"config": replace(TINY, USE_TMA=True)}, r"weight_grads: TMA cannot address every one of .*\(4, 6\)"),
+        ({"config": TMA}, r"weight_grads: TMA cannot address every one of .*\(4, 6\)"),
     ],
 )
 def test_operands_that_do_not_fit_are_rejected(change, message, device):

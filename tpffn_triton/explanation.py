@@ -13,11 +13,11 @@ from tpffn_triton.backends import backend
 from tpffn_triton.cost_model import rows_of_a_chunk
 from tpffn_triton.kernels import _configs
 from tpffn_triton.kernels._configs import PROCESSORS, TABLES, Config
-from tpffn_triton.kernels._launch import SUPPORTED_DTYPES, Operand, configuration, grid
+from tpffn_triton.kernels._launch import SUPPORTED_DTYPES, Operand, configuration, fresh, grid
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import BLOCK_N as SUMMED_COLUMNS
 from tpffn_triton.kernels.column_sum import ROWS_PER_PROGRAM
-from tpffn_triton.kernels.forward import forward_form
+from tpffn_triton.kernels.forward import SINGLE, forward_form
 from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.kernels.weight_grads import SUM_COLS, form_of
 from tpffn_triton.plan_report import align
@@ -110,90 +110,101 @@ def explain(
             why = "no launches: torch and oneDNN compute CPU tensors; name an arch to see what a GPU would launch"
             return Explanation(size, "native", (), {"native": why})
         arch = _configs.arch_of(device)
-    asked = _Asked(own_tokens, M, H, F, halves(activation) * F, activation, dtype, bias, arch)
-    launches: list[KernelLaunch] = []
-    chunks = forward_chunks if world_size > 1 else 1
+    shard = Shard(own_tokens, M, H, F, activation, dtype, bias, arch)
+    forward, why_forward = shard.forward(chunks=forward_chunks if world_size > 1 else 1)
+    backward, why_backward = shard.backward(save == "nothing", sequence_parallel and world_size > 1)
+    launches = (*forward, *backward)
     reasons = {
-        "forward": asked.forward(launches, chunks),
-        "backward": asked.backward(launches, save == "nothing", sequence_parallel and world_size > 1),
+        "forward": why_forward,
+        "backward": why_backward,
         "tiles": "the first row of the table that is not much taller than its output and fills three quarters of the "
         "processors, else the last; where 16 bytes of an operand's row cannot be copied at once, the row for that",
     }
     if any(row.config is not None and row.config.origin == "compiles" for row in launches):
-        reasons["origin compiles"] = "it compiles without spills; its speed is not measured"
-    return Explanation(f"{size}, on {arch}: {PROCESSORS[arch]} processors", arch, tuple(launches), reasons)
+        reasons["origin compiles"] = "it compiles (docs/compiled.md); its speed is not measured"
+    return Explanation(f"{size}, on {arch}: {PROCESSORS[arch]} processors", arch, launches, reasons)
 
 
-@dataclass
-class _Asked:
-    own_tokens: int  # with sequence parallelism a slice of all
-    M: int
-    H: int
-    F: int
-    W: int  # F, or 2F
-    activation: str
-    dtype: torch.dtype
-    bias: bool
-    arch: str
+class Shard:
+    """One rank's M tokens, of which own_tokens are its own, and F of the features: its launches, and why.
 
-    def matrix(self, rows: int, cols: int) -> Operand:
-        return Operand((rows, cols), (cols, 1), self.dtype, _CPU, 0)
+    choice      the form of forward that the tables choose
+    gradients   how they have the weight and bias gradients computed
+    """
 
-    def launch(self, pass_: str, kernel: str, computes: str, rows: int, cols: int, *operands: Operand) -> KernelLaunch:
-        """Return a launch of a kernel with one [rows, cols] output."""
-        gated = self.activation in GATED_ACTIVATIONS and "act" in kernel
-        config = configuration(f"{'gated_' * gated}{kernel}", None, rows, cols, *operands, arch=self.arch)
+    def __init__(
+        self, own_tokens: int, M: int, H: int, F: int, activation: str, dtype: torch.dtype, bias: bool, arch: str
+    ) -> None:
+        self.own_tokens, self.bias, self.arch = own_tokens, bias, arch
+        self._gated = "gated_" * (activation in GATED_ACTIVATIONS)
+        W = halves(activation) * F
+        like = Operand((M, H), (H, 1), dtype, _CPU, 0)
+        self._x = self._y = like  # and their gradients
+        self._w1, self._w2 = fresh(W, H, like), fresh(H, F, like)
+        self._act, self._d_pre = fresh(M, F, like), fresh(M, W, like)
+        self._of_gradients = self._d_pre, self._x, self._y, self._act, self._w1, self._w2
+        self.choice = forward_form(self._x, self._w1, self._w2, activation, arch)
+        self.gradients = form_of(*self._of_gradients, arch=arch)
+
+    def _launch(self, pass_: str, kernel: str, computes: str, out: Operand, *operands: Operand) -> KernelLaunch:
+        """Return a launch of a kernel with a program for each tile of out."""
+        name = f"{self._gated}{kernel}" if "act" in kernel else kernel
+        rows, cols = out.shape
+        config = configuration(name, None, rows, cols, *operands, out, arch=self.arch)
         return KernelLaunch(pass_, kernel, computes, config, grid(config, rows, cols)[0])
 
-    def forward(self, launches: list[KernelLaunch], chunks: int) -> str:
-        M, H, F = self.M, self.H, self.F
-        x, w1, w2 = self.matrix(M, H), self.matrix(self.W, H), self.matrix(H, F)
-        act, y = self.matrix(M, F), self.matrix(M, H)
-        choice = forward_form(x, w1, w2, self.activation, self.arch)
-        if choice.config is not None and chunks == 1:
-            programs = grid(choice.config, M, F)[0] + grid(choice.config, M, H)[0]
-            launches.append(KernelLaunch("forward", "ffn", "act, y", choice.config, programs))
-            return f"{choice.form}; {choice.why}"
-        launches.append(self.launch("forward", "linear_act", "act", M, F, x, w1, act))
+    def forward(self, chunks: int = 1, form: str | None = None) -> tuple[list[KernelLaunch], str]:
+        """Return the launches of forward, and why; form: one of forward.FORMS instead of the chosen one."""
+        act, y, config = self._act, self._y, self.choice.config
+        why = f"{self.choice.form}; {self.choice.why}"
+        if chunks == 1 and config is not None and (form or self.choice.form) == SINGLE:
+            programs = grid(config, *act.shape)[0] + grid(config, *y.shape)[0]
+            return [KernelLaunch("forward", "ffn", "act, y", config, programs)], why
+        linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1)
         if chunks == 1:
-            launches.append(self.launch("forward", "linear", "y", M, H, act, w2, y))
-            return f"{choice.form}; {choice.why}"
+            return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2)], why
+        (M, H), F = y.shape, act.shape[1]
         rows = rows_of_a_chunk(M, chunks)
+        linears = []
         for start in range(0, M, rows):
             part = min(rows, M - start)
-            operands = self.matrix(part, F), w2, self.matrix(part, H)
-            launches.append(self.launch("forward", "linear", f"y[{start}:{start + part}]", part, H, *operands))
-        return "a launch a chunk; each is all-reduced behind the next one's"
+            chunk, out = fresh(part, F, act), fresh(part, H, y)
+            linears.append(self._launch("forward", "linear", f"y[{start}:{start + part}]", out, chunk, self._w2))
+        return [linear_act, *linears], "a launch a chunk; each is all-reduced behind the next one's"
 
-    def backward(self, launches: list[KernelLaunch], recompute: bool, sequence_parallel: bool) -> str:
-        M, H, F, W = self.M, self.H, self.F, self.W
-        x, dy, act, d_pre = self.matrix(M, H), self.matrix(M, H), self.matrix(M, F), self.matrix(M, W)
-        w1, w2 = self.matrix(W, H), self.matrix(H, F)
-        if recompute:
-            launches.append(self.launch("backward", "linear_act", "act, pre_act", M, F, x, w1, act))
+    def backward(
+        self, recompute: bool = False, sequence_parallel: bool = False, at_once: bool | None = None
+    ) -> tuple[list[KernelLaunch], str]:
+        """Return the launches of backward, and why; at_once: whether one launch computes all weight and bias gradients,
+        instead of what the tables choose."""
+        d_pre, x, dy, act, w1, w2 = self._of_gradients
+        (M, W), (H, F) = d_pre.shape, w2.shape
+        launches = [self._launch("backward", "linear_act", "act, pre_act", act, x, w1)] if recompute else []
         made = "d_pre" + ", act" * (not recompute) + ", db1's partial sums" * self.bias
-        launches.append(self.launch("backward", "linear_dact", made, M, F, dy, w2, d_pre, act))
-        launches.append(self.launch("backward", "dgrad", "dx", M, H, d_pre, w1, x))
-        form = form_of(d_pre, x, dy, act, w1, w2, arch=self.arch)
+        launches.append(self._launch("backward", "linear_dact", made, act, dy, w2, d_pre))
+        launches.append(self._launch("backward", "dgrad", "dx", x, d_pre, w1))
+        config, why = self.gradients
+        if at_once is not None:
+            row = configuration("weight_grads", None, W + F, H, *self._of_gradients, arch=self.arch)
+            config = row if at_once else None
         in_flight = sequence_parallel and not recompute
-        if form.config is not None and not in_flight:
-            programs = grid(form.config, W, H)[0] + grid(form.config, H, F)[0]
+        if config is not None and not in_flight:
+            programs = grid(config, *w1.shape)[0] + grid(config, *w2.shape)[0]
             programs += (-(-W // SUM_COLS) + -(-H // SUM_COLS)) * self.bias
             computes = "dw1, dw2" + ", db1, db2" * self.bias
-            launches.append(KernelLaunch("backward", "weight_grads", computes, form.config, programs))
-            return f"one launch of weight gradients; {form.why}"
-        dw1 = [self.launch("backward", "wgrad", "dw1", W, H, d_pre, x, w1)]
-        dw2 = [self.launch("backward", "wgrad", "dw2", H, F, dy, act, w2)]
+            launches.append(KernelLaunch("backward", "weight_grads", computes, config, programs))
+            return launches, f"one launch of weight gradients; {why}"
+        dw1 = self._launch("backward", "wgrad", "dw1", w1, d_pre, x)
+        dw2 = self._launch("backward", "wgrad", "dw2", w2, dy, act)
         db1, db2 = [*self._sums("db1", -(-M // PARTIAL_ROWS), W)], [*self._sums("db2", self.own_tokens, H)]
         if in_flight:
-            launches += [*db1, *dw2, *dw1, *db2]
-            return "a launch a weight gradient; x is in flight behind dw2"
-        launches += [*dw1, *dw2, *db1, *db2]
-        return f"a launch a weight gradient; {form.why}"
+            return [*launches, *db1, dw2, dw1, *db2], "a launch a weight gradient; x is in flight behind dw2"
+        return [*launches, dw1, dw2, *db1, *db2], f"a launch a weight gradient; {why}"
 
     def _sums(self, name: str, rows: int, cols: int) -> Iterator[KernelLaunch]:
-        """Yield the passes over so many rows of what a bias gradient sums."""
-        while self.bias and rows > 0:
+        """Yield the passes over so many rows of what a bias gradient sums, until one is left."""
+        passes_left = self.bias and rows > 0
+        while passes_left:
             rows = -(-rows // ROWS_PER_PROGRAM)
             yield KernelLaunch("backward", "column_sum", name, None, rows * -(-cols // SUMMED_COLUMNS))
-            rows = 0 if rows == 1 else rows
+            passes_left = rows > 1
