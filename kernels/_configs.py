@@ -184,7 +184,7 @@ def odd_strides(kernel: str, arithmetic: str) -> Config:
 
 
 def in_one_launch(arch: str, tiles: int) -> tuple[bool, str]:
-    """Say whether what could be several launches, the largest of so many tiles, is one; and why."""
+    """Say whether what could be several launches is one, given its tiles (of act; of the larger dw); and why."""
     most = MOST_WAVES[arch]
     one = tiles <= most * PROCESSORS[arch]
     return one, f"{'at most' if one else 'more than'} {most} on each"

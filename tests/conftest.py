@@ -55,7 +55,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def in_several_launches(monkeypatch):
-    """Tables that never ask for one launch: sizes for which they do not take long to interpret."""
+    """Tables that never ask for one launch: sizes that are too large for one take long to interpret."""
     caches = forward._form, weight_grads._prepare
     for arch in _configs.MOST_WAVES:
         monkeypatch.setitem(_configs.MOST_WAVES, arch, 0)

@@ -107,6 +107,14 @@ def test_ways() -> None:
     assert ways("fwd_bwd", "sm_80")[1:] == [Way(form, how) for form in (SINGLE, TWO) for how in (ONE, EACH)]
 
 
+def test_a_form_that_the_tables_do_not_choose_has_its_rows() -> None:
+    shard = forms_measure.shard_of(workloads.Shape("", 1, 8192, 8192, 8192, 1), "bf16", "gelu", "sm_90")
+    assert (shard.choice.form, shard.gradients.config) == (DEPENDENT, None)
+    names = ["linear_act", "linear"], ["linear_dact", "dgrad"], ["wgrad dw1", "wgrad dw2"]
+    assert [*forms_measure.configs(shard, Way(SINGLE, ONE))] == ["ffn", *names[1], "weight_grads"]
+    assert [*forms_measure.configs(shard, Way(DEPENDENT, EACH))] == [name for group in names for name in group]
+
+
 def test_launchers_are_put_back() -> None:
     kernels = forms_measure.implementation("cpu")
     before = dict(vars(kernels))

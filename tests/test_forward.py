@@ -7,7 +7,7 @@ from kernel_cases import FFN_SHAPES, assert_same, ffn_operands, ffn_results, nee
 from launches import count_launches
 
 from tpffn_triton import interpreter
-from tpffn_triton.kernels._configs import MOST_WAVES, PROCESSORS
+from tpffn_triton.kernels._configs import MOST_WAVES, PROCESSORS, TABLES
 from tpffn_triton.kernels._launch import Operand
 from tpffn_triton.kernels.forward import DEPENDENT, FORMS, SINGLE, TWO, ffn_forward, forward_form
 
@@ -52,6 +52,7 @@ def test_the_boundary_is_in_the_table():
         choice = forward_form(of(128 * (tiles + more), 64), of(128, 64), of(64, 128), "gelu", "sm_90")
         assert choice.form == form
         assert f"{tiles + more} tiles" in choice.why
+        assert choice.config == TABLES["sm_90"]["ffn", "16bit"][0]
 
 
 @pytest.mark.parametrize("keep", ["pre_act", "act", "nothing"])

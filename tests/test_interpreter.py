@@ -47,6 +47,21 @@ def test_this_process_interprets():
     assert interpreter.interpreting()
 
 
+def test_a_launch_inside_of_another():
+    """Each patches triton's language, and takes its own patches back alone."""
+    x, y, inner = torch.ones(16), torch.empty(16), torch.empty(16)
+
+    def grid(_):
+        round_kernel[(1,)](x, inner, 16)
+        return (1,)
+
+    for _ in range(2):
+        round_kernel[grid](x, y.zero_(), 16)
+        assert torch.equal(y, x)
+        assert torch.equal(inner, x)
+        inner.zero_()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dot(dtype):
     a, b, out = torch.randn(16, 48).to(dtype), torch.randn(48, 16).to(dtype), torch.empty(16, 16)

@@ -9,6 +9,7 @@ import triton.language as tl
 from kernel_cases import TINY, TMA
 from shadow_memory import Race, Uninitialised
 from simulator import Deadlock, Simulation
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from tpffn_triton import interpreter
@@ -209,6 +210,7 @@ def test_errors_come_out_as_they_are_and_nothing_is_left_behind():
         hooks = [getattr(InterpreterBuilder, name) for name in names]
         return [*hooks, GridExecutor.__call__, torch.empty, torch.empty_like, torch.Tensor.new_empty, tl.load]
 
+    patch_lang = triton_interpreter._patch_lang
     before, threads = patched(), threading.active_count()
     with Simulation():
         assert not set(patched()[:-1]) & set(before)
@@ -217,6 +219,7 @@ def test_errors_come_out_as_they_are_and_nothing_is_left_behind():
     with pytest.raises(Deadlock), Simulation(most_polls=20):
         relay(*inputs(), TARGET=PARTS + 1)
     assert patched() == before
+    assert triton_interpreter._patch_lang is patch_lang
     assert threading.active_count() == threads
     x, counters = inputs()
     assert torch.equal(relay(x, counters), expected(x))  # by the plain interpreter

@@ -154,7 +154,8 @@ class Shard:
         return KernelLaunch(pass_, kernel, computes, config, grid(config, rows, cols)[0])
 
     def forward(self, chunks: int = 1, form: str | None = None) -> tuple[list[KernelLaunch], str]:
-        """Return the launches of forward, and why; form: one of forward.FORMS instead of the chosen one."""
+        """Return the launches of forward, and why the tables choose theirs; form: one of forward.FORMS instead, of a
+        single chunk."""
         act, y, config = self._act, self._y, self.choice.config
         why = f"{self.choice.form}; {self.choice.why}"
         if chunks == 1 and config is not None and (form or self.choice.form) == SINGLE:
@@ -175,8 +176,8 @@ class Shard:
     def backward(
         self, recompute: bool = False, sequence_parallel: bool = False, at_once: bool | None = None
     ) -> tuple[list[KernelLaunch], str]:
-        """Return the launches of backward, and why; at_once: whether one launch computes all weight and bias gradients,
-        instead of what the tables choose."""
+        """Return the launches of backward, and why the tables choose theirs; at_once: whether one launch computes all
+        weight and bias gradients instead, unless x is still in flight."""
         d_pre, x, dy, act, w1, w2 = self._of_gradients
         (M, W), (H, F) = d_pre.shape, w2.shape
         launches = [self._launch("backward", "linear_act", "act, pre_act", act, x, w1)] if recompute else []
