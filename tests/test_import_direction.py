@@ -28,9 +28,9 @@ LAYERS = (
     ("sweep", "plan_comparison"),
     ("plan_command",),
     ("transforms",),
-    ("functional", "partitioned"),
+    ("functional", "partitioned", "megatron_options"),
     ("module",),
-    ("replicated_grads", "comparison", "explanation"),
+    ("replicated_grads", "comparison", "explanation", "megatron"),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
