@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _megatron_core() -> str | None:
+    # What is imported may lie in a folder on PYTHONPATH, before what is installed.
+    core = sys.modules.get("megatron.core")
+    return _version("megatron-core") if core is None else core.__version__
+
+
 def describe(rank: Rank) -> dict[str, Any]:
     """Return the environment's fields of a row."""
     changed = uncommitted_changes()
@@ -83,11 +90,13 @@ def describe(rank: Rank) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "numpy": _version("numpy"),
+        "megatron_core": _megatron_core(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "os": f"{platform.system()} {platform.machine()}",
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
+        "cuda_device_max_connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
         "triton_interpret": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

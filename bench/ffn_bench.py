@@ -61,6 +61,7 @@ figures:
                   longest (least); compute ms: the rest of p50
   TFLOP/s         one rank's GEMM FLOPs over ms; roofline: least possible time on this GPU over ms
   peak MiB        what a step needs beyond its inputs: CUDA allocator, or the process's resident set
+  × Megatron      Megatron-Core's time over this one's
   rel err         ‖out − ref‖ / ‖ref‖ against fp64, the worst of y and the gradients on any rank
 
 examples:
@@ -70,6 +71,8 @@ examples:
   python bench/ffn_bench.py --shapes analysed,decode,medium,large --dtype bf16 --graph      on a GPU
   python bench/ffn_bench.py --batch 4 --seq 512 --hidden 2048 --ffn 8192 --tp 2 --activation swiglu
   python bench/ffn_bench.py --sequence-parallel --mode fwd_bwd
+  python bench/ffn_bench.py --activation gelu_tanh --impl megatron,megatron-fused,fused    needs megatron-core
+  CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 4 bench/ffn_bench.py --tp 4     as Megatron-Core asks for
   torchrun --nproc-per-node 4 bench/ffn_bench.py --tp 4
 """
 
@@ -131,7 +134,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
         raise ValueError("--graph needs a CUDA device")
     if device_type != "cuda" and "tf32" in dtypes:
         raise ValueError("dtype tf32 needs a CUDA device")
-    for dtype in dtypes:
+    for dtype in dtypes if impls else ():
         chosen(impls, device_type, dtype)
     attached = ranks.attached_world_size()
     for shape in shapes:

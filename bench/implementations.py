@@ -6,6 +6,8 @@
     unfused          F.linear, activation, F.linear: three torch operations; a gated activation is chunk, act and mul
     unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)
     fused            tpffn_triton.ffn
+    megatron         Megatron-Core's own MLP, where megatron-core is installed (megatron_peer.py)
+    megatron-fused   tpffn_triton.megatron.FusedMLP in its place
 
 On a CPU `fused` computes some or all GEMMs through oneDNN (tpffn_triton/native.py), F.linear through whatever torch
 was built with: what `fused` gains over the better of the two baselines is fusion and overlap, the rest is oneDNN's.
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
+import megatron_peer
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,6 +47,7 @@ class Implementation:
     """One way to compute the FFN: `build(activation, sequence_parallel)` returns its forward.
 
     device_types, dtypes   where it exists
+    missing                returns what it needs that is not installed, None: nothing
     """
 
     name: str
@@ -51,10 +55,13 @@ class Implementation:
     build: Callable[[str, bool], Forward]
     device_types: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("fp32", "tf32", "bf16", "fp16")
+    missing: Callable[[], str | None] = lambda: None
 
-    def runs(self, device_type: str, dtype: str) -> bool:
-        """Say whether it exists for this device type and dtype."""
-        return device_type in self.device_types and dtype in self.dtypes
+    def reason_against(self, device_type: str, dtype: str) -> str | None:
+        """Say why it does not run with this device type and dtype; None: it does."""
+        if device_type not in self.device_types or dtype not in self.dtypes:
+            return f"does not exist for {dtype} on {device_type}"
+        return self.missing()
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -116,17 +123,30 @@ IMPLEMENTATIONS = {
             dtypes=("fp32", "bf16"),
         ),
         Implementation("fused", "tpffn_triton.ffn", _fused),
+        Implementation(
+            "megatron",
+            "Megatron-Core's own MLP; gelu_tanh, geglu_tanh and swiglu by its fused kernels, others eager",
+            megatron_peer.build_megatron,
+            missing=megatron_peer.missing,
+        ),
+        Implementation(
+            "megatron-fused",
+            "tpffn_triton.megatron.FusedMLP in its place: fused and the adapter's Python",
+            megatron_peer.build_fused,
+            missing=megatron_peer.missing,
+        ),
     )
 }
 
 
 def chosen(names: tuple[str, ...] | None, device_type: str, dtype: str) -> list[Implementation]:
-    """Return the named implementations, or with None all that exist here, the baseline first.
+    """Return the named implementations, or with None all that run here, the baseline first.
 
-    Raises: ValueError: a named one does not exist for this device type and dtype.
+    Raises: ValueError: a named one does not run with this device type and dtype, or here at all; says why.
     """
-    available = [i for i in IMPLEMENTATIONS.values() if i.runs(device_type, dtype)]
-    for name in names or ():
-        if name not in {i.name for i in available}:
-            raise ValueError(f"implementation {name} does not exist for {dtype} on {device_type}")
-    return [i for i in available if names is None or i.name in names]
+    wanted = [i for i in IMPLEMENTATIONS.values() if names is None or i.name in names]
+    reasons = {i.name: i.reason_against(device_type, dtype) for i in wanted}
+    for name, reason in reasons.items() if names else ():
+        if reason:
+            raise ValueError(f"implementation {name} {reason}")
+    return [i for i in wanted if reasons[i.name] is None]

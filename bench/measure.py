@@ -16,7 +16,7 @@ One row a shape, dtype, mode and implementation. A wrong implementation is refus
 import contextlib
 import statistics
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 import timing
 import torch
 import workloads
-from implementations import chosen
+from implementations import Implementation, chosen
 from ranks import Rank
 from steps import Step, make_step
 from torch import Tensor
@@ -72,12 +72,13 @@ def measure(rank: Rank, settings: Settings) -> dict[str, list]:
     """
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
+    compared = {dtype: chosen(settings.impls, rank.device.type, dtype) for dtype in settings.dtypes}
     surroundings = environment.describe(rank) | {"command": settings.command}
     for shape in settings.shapes:
         for dtype in settings.dtypes:
             try:
                 with _matmul_precision(dtype):
-                    measured, wrong = _measure_problem(rank, settings, shape, dtype)
+                    measured, wrong = _measure_problem(rank, settings, shape, dtype, compared[dtype])
             except Exception as error:
                 if rank.group is not None:  # the others may be waiting for this rank: ranks.py stops them
                     raise
@@ -99,7 +100,7 @@ def _matmul_precision(dtype: str) -> Iterator[None]:
 
 
 def _measure_problem(
-    rank: Rank, settings: Settings, shape: Shape, dtype: str
+    rank: Rank, settings: Settings, shape: Shape, dtype: str, compared: Sequence[Implementation]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     rank.say(f"{shape.name} {dtype}: computing the fp64 reference")
     full = workloads.draw(shape, dtype, settings.activation, rank.device)
@@ -116,7 +117,7 @@ def _measure_problem(
     errors: dict[tuple[str, str], float] = {}
     steps: dict[str, dict[str, Step]] = {mode: {} for mode in settings.modes}
     refused = []
-    for implementation in chosen(settings.impls, rank.device.type, dtype):
+    for implementation in compared:
         forward = implementation.build(settings.activation, settings.sequence_parallel)
         for mode in settings.modes:
             step = make_step(forward, own, rank.group, mode, settings.graph)
@@ -203,6 +204,7 @@ def _time_mode(
                 "roofline_pct": None if floor is None else 100 * floor / p50,
                 "speedup_vs_unfused": None,
                 "speedup_vs_unfused_onednn": None,
+                "speedup_vs_megatron": None,
                 "max_rel_err": errors[name],
                 "error_vs_unfused": None,
                 "peak_mem_bytes": memory.peak_bytes(eager, rank),
@@ -213,11 +215,12 @@ def _time_mode(
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Fill in what relates each row to the baselines, where those are present."""
+    """Fill in what relates each row to the baselines and to Megatron's MLP, where those are present."""
     by_name = {row["impl"]: row for row in rows}
     for baseline, field in (
         ("unfused", "speedup_vs_unfused"),
         ("unfused-onednn", "speedup_vs_unfused_onednn"),
+        ("megatron", "speedup_vs_megatron"),
     ):
         if baseline in by_name:
             for row in rows:

@@ -69,6 +69,7 @@ def _body(rows: list[Row]) -> str:
         "roofline": lambda r: _or_empty(r["roofline_pct"], "{:.0f} %"),
         "× unfused": lambda r: _or_empty(r["speedup_vs_unfused"], "{:.2f}"),
         "× oneDNN": lambda r: _or_empty(r["speedup_vs_unfused_onednn"], "{:.2f}"),
+        "× Megatron": lambda r: _or_empty(r["speedup_vs_megatron"], "{:.2f}"),
         "comm ms (least)": _comm,
         "compute ms": lambda r: "" if r["compute_ms"] is None else ms(r["compute_ms"]),
         "peak MiB": lambda r: _or_empty(r["peak_mem_bytes"], "{:.1f}", 2**20),
@@ -122,10 +123,21 @@ def _notes(rows: list[Row]) -> str:
         )
     elif any(row["impl"] == "unfused-onednn" for row in rows):
         notes.append("Over the better baseline, fused gains by fusion and overlap; the rest is the GEMM library.")
+    notes += _megatron_notes(rows)
     notes += machine_notes(rows)
     if any(row["peak_mem_bytes"] is None for row in rows):
         notes.append("peak MiB: this system does not tell.")
     return "\n".join(notes)
+
+
+def _megatron_notes(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    if not any(row["impl"].startswith("megatron") for row in rows):
+        return []
+    notes = [f"megatron: the MLP of megatron-core {first['megatron_core']}; megatron-fused: FusedMLP in its place."]
+    if first["device_type"] == "cuda" and first["ranks"] > 1 and first["cuda_device_max_connections"] != "1":
+        notes.append("Megatron-Core asks for CUDA_DEVICE_MAX_CONNECTIONS=1, to overlap; it is not set in this run.")
+    return notes
 
 
 def machine_notes(rows: list[Row]) -> list[str]:

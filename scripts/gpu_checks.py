@@ -8,16 +8,20 @@
                    compute-sanitizer's memcheck; skipped where it is missing
     bench_eager    the analysed model at P=4 against eager
     bench_graph    the same inside CUDA graphs
+    bench_megatron_eager    the analysed model's shard at P=4 against Megatron-Core's own MLP; skipped where
+                   megatron-core is missing
+    bench_megatron_graph    the same inside CUDA graphs
     bench_shapes   the analysed model, decoding, a medium and a large layer inside CUDA graphs
     bench_swiglu   the analysed model and a medium layer, gated, inside CUDA graphs
     bench_forms    the analysed model's shard at 64 to 8192 tokens in one launch and in several, inside CUDA graphs
 
-It uses the packages of the python that runs it, installs nothing and needs no network. A step that fails or
+It uses the packages of the python that runs it and of PYTHONPATH, where a folder with megatron-core may be given;
+it installs nothing and needs no network. A step that fails or
 runs out of its time does not stop the next one; time that a step leaves over goes to the steps after it.
 
 Results: environment.json (machine, versions, commit; each step's command, status and seconds), log.txt,
-tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_shapes.json, bench_swiglu.json,
-bench_forms.json and .png.
+tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_megatron_eager.json and .png,
+bench_megatron_graph.json and .png, bench_shapes.json, bench_swiglu.json, bench_forms.json and .png.
 Exit status: 0 all passed; 1 a step failed; 2 no CUDA device, or wrong arguments.
 """
 
@@ -37,12 +41,23 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 540
-PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "hypothesis", "matplotlib", "tabulate")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "matplotlib",
+    "tabulate",
+    "megatron-core",
+)
 # In its own process, with a time limit: a broken driver can hang, and a context here would skew benchmarks.
 DESCRIBE = """\
 import json, torch, triton
@@ -75,14 +90,16 @@ def plan(results: Path, budget: float) -> list[Step]:
     """Return the steps after `environment`, in order; their shares leave it 10 of 540 seconds."""
     python, share = sys.executable, budget / BUDGET
 
-    def bench(name: str, seconds: float, *flags: str, plot: bool = True, script: str = "ffn_bench") -> Step:
+    def bench(
+        name: str, seconds: float, *flags: str, plot: bool = True, script: str = "ffn_bench", skip: str = ""
+    ) -> Step:
         command = [python, f"bench/{script}.py", "--dtype", "bf16", *flags]
         command += ["--json", str(results / f"bench_{name}.json")]
         produces: tuple[str, ...] = (f"bench_{name}.json",)
         if plot:
             command += ["--plot", str(results / f"bench_{name}.png")]
             produces += (f"bench_{name}.png",)
-        return Step(f"bench_{name}", command, seconds * share, produces)
+        return Step(f"bench_{name}", command, seconds * share, produces, skip=skip)
 
     pytest = [python, "-m", "pytest", "-m", "not cpu_only"]
     # The thread method ends a worker whose kernel hangs; a signal would wait for the kernel.
@@ -94,22 +111,35 @@ def plan(results: Path, budget: float) -> list[Step]:
     # Launches are slow under it: one dtype where a test is there for each.
     smallest = ["-k", "smoke and (test_kernels or bfloat16)"]
     smallest += [f"tests/test_{name}.py" for name in ("single_launch", "weight_grads", "kernels")]
+    # Peers are named: where megatron-core is installed too, the other steps have the same rows and the same seconds.
+    ours, megatron = ("--impl", "unfused,fused"), ("--impl", "unfused,fused,megatron,megatron-fused")
+    megatron += ("--tp", "4", "--activation", "gelu_tanh")
+    without = "" if has_megatron() else "megatron-core is not installed"
     return [
-        Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 208 * share, ("tests.xml",)),
+        Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 164 * share, ("tests.xml",)),
         Step(
             "sanitizer",
             [*memcheck, *pytest, "-x", "-p", "no:xdist", *smallest],
-            82 * share,
+            74 * share,
             # Each tensor in an allocation of its own: inside torch's pool an overrun lands in valid memory.
             environ={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip="" if sanitizer else "compute-sanitizer is not installed",
         ),
-        bench("eager", 41, "--tp", "4"),
-        bench("graph", 41, "--tp", "4", "--graph"),
-        bench("shapes", 72, "--shapes", "analysed,decode,medium,large", "--graph", plot=False),
-        bench("swiglu", 36, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", plot=False),
-        bench("forms", 50, "--graph", script="forms_bench"),
+        bench("eager", 38, "--tp", "4", *ours),
+        bench("graph", 38, "--tp", "4", "--graph", *ours),
+        bench("megatron_eager", 38, *megatron, skip=without),
+        bench("megatron_graph", 32, *megatron, "--graph", skip=without),
+        bench("shapes", 66, "--shapes", "analysed,decode,medium,large", "--graph", *ours, plot=False),
+        bench("swiglu", 34, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", *ours, plot=False),
+        bench("forms", 46, "--graph", script="forms_bench"),
     ]
+
+
+def has_megatron() -> bool:
+    """Say whether megatron-core can be found, installed or in a folder of PYTHONPATH."""
+    with contextlib.suppress(ModuleNotFoundError):  # not even a package `megatron`
+        return find_spec("megatron.core") is not None
+    return False
 
 
 def environment() -> dict[str, str]:

@@ -29,13 +29,15 @@ pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = str(ROOT / "bench" / "ffn_bench.py")
 TINY = workloads.SHAPES["tiny"]
-ONE_RANK = ["--shapes", "tiny", "--tp", "1", "--quick"]
+OURS = "--impl=unfused,unfused-onednn,fused"  # test_megatron_bench.py has the others
+ONE_RANK = ["--shapes", "tiny", "--tp", "1", "--quick", OURS]
 NEEDED = {
     *("impl", "mode", "shape", "batch", "seq", "hidden", "ffn", "tp", "dtype", "graph", "iters"),
     *("activation", "sequence_parallel"),
     *("ms_p20", "ms_p50", "ms_p80", "tflops", "roofline_pct", "speedup_vs_unfused", "comm_ms", "compute_ms"),
     *("communication_included", "peak_mem_bytes", "max_rel_err", "error_vs_unfused"),
     *("device", "ranks", "cores", "threads", "backend", "torch", "triton", "numpy", "python", "commit", "command"),
+    *("speedup_vs_megatron", "megatron_core", "cuda_device_max_connections"),
 }
 
 
@@ -56,7 +58,7 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     paths = [
         f"--{kind}={out / f'rows.{suffix}'}" for kind, suffix in (("json", "json"), ("csv", "csv"), ("plot", "png"))
     ]
-    done = run(BENCH, "--batch=2", "--seq=8", "--hidden=64", "--ffn=128", "--tp=2", "--quick", *paths)
+    done = run(BENCH, "--batch=2", "--seq=8", "--hidden=64", "--ffn=128", "--tp=2", "--quick", OURS, *paths)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(done=done, out=out, rows=json.loads((out / "rows.json").read_text()))
 
@@ -107,7 +109,7 @@ def test_csv_and_plot_hold_the_same_rows(spawned: SimpleNamespace) -> None:
 
 def test_sequence_parallelism_is_checked_and_timed(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    done = run(BENCH, "--shapes=tiny", "--sequence-parallel", "--mode=fwd_bwd", "--quick", "--json", str(path))
+    done = run(BENCH, "--shapes=tiny", "--sequence-parallel", "--mode=fwd_bwd", "--quick", OURS, "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert "F=128, gelu, fp32, sequence-parallel, P=2 (gloo)" in done.stdout
     for row in json.loads(path.read_text()):
@@ -117,7 +119,7 @@ def test_sequence_parallelism_is_checked_and_timed(tmp_path: Path) -> None:
 
 def test_gated_activation_is_sharded_checked_and_timed(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    done = run(BENCH, "--shapes=tiny", "--activation=swiglu", "--mode=fwd_bwd", "--quick", "--json", str(path))
+    done = run(BENCH, "--shapes=tiny", "--activation=swiglu", "--mode=fwd_bwd", "--quick", OURS, "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert "F=128, swiglu, fp32, P=2 (gloo)" in done.stdout
     rows = json.loads(path.read_text())
@@ -331,7 +333,7 @@ def test_fewer_gpus_than_ranks_time_one_shard(one_rank, monkeypatch: pytest.Monk
 def test_one_shard_is_checked_timed_and_labelled(activation, one_rank) -> None:
     """What a single GPU runs, rehearsed on the CPU: rank 0's shard of P=2 without a group."""
     (settings,) = ffn_bench.settings_of(
-        ffn_bench.build_parser().parse_args(["--shapes", "tiny", "--quick", "--activation", activation]),
+        ffn_bench.build_parser().parse_args(["--shapes", "tiny", "--quick", "--activation", activation, OURS]),
         "cpu",
         "command",
     )

@@ -200,7 +200,7 @@ class Waiting(steps.Step):
 
     def __call__(self) -> None:
         for _ in range(2):
-            with collectives._observed():
+            with collectives.observed():
                 self.log.append("collective")
 
 

@@ -59,7 +59,8 @@ def observe(observer: Observer) -> Iterator[None]:
         _observer = None
 
 
-def _observed() -> contextlib.AbstractContextManager:
+def observed() -> contextlib.AbstractContextManager:
+    """Return the observer's context, for one such point."""
     return contextlib.nullcontext() if _observer is None else _observer()
 
 
@@ -104,7 +105,7 @@ def _start(name: str, group: dist.ProcessGroup, collective: Callable[..., Tensor
         return collective(*args, group.group_name)
     begun = name, group, time.monotonic()
     try:
-        with _observed():
+        with observed():
             started: Any = collective(*args, group.group_name)
     except RuntimeError as error:
         raise _failed(begun, args[0], error) from error
@@ -121,7 +122,7 @@ def wait(t: Tensor) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(t)
     begun = t.__dict__.pop("_begun", None)
     try:
-        with _observed():
+        with observed():
             return torch.ops._c10d_functional.wait_tensor(t)
     except RuntimeError as error:
         if begun is None:
