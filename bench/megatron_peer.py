@@ -17,6 +17,8 @@ after them, but it holds for a whole process, hence for all that are compared. R
 This process is changed where a module is built: without a group torch.distributed begins with one rank; parallel_state
 gets the group and the buffer; on a CPU torch.cuda.current_device leads to it with sequence parallelism, and where
 nothing can be compiled torch.compile is off.
+
+Source: megatron-core 0.12.0 to 0.19.1, transformer/mlp.py, tensor_parallel/layers.py and mappings.py.
 """
 
 import contextlib

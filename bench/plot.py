@@ -63,7 +63,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
         fontsize=10,
     )
     # A line a word: five names side by side do not fit.
-    axis.set_xticks(range(len(rows)), [row["impl"].replace("-", "\n") for row in rows])
+    axis.set_xticks(range(len(rows)), [row["impl"].replace("-", "-\n") for row in rows])
     axis.set_ylabel("ms a step")
     axis.set_ylim(0, 1.22 * max(row["ms_p80"] for row in rows))
     axis.set_xlim(-0.6, len(rows) - 0.4)

@@ -135,6 +135,8 @@ def _megatron_notes(rows: list[Row]) -> list[str]:
     if not any(row["impl"].startswith("megatron") for row in rows):
         return []
     notes = [f"megatron: the MLP of megatron-core {first['megatron_core']}; megatron-fused: FusedMLP in its place."]
+    if first["sequence_parallel"]:
+        notes.append("Megatron's buffer of gathered tokens, which it keeps from its first step on, is not in its peak.")
     if first["device_type"] == "cuda" and first["ranks"] > 1 and first["cuda_device_max_connections"] != "1":
         notes.append("Megatron-Core asks for CUDA_DEVICE_MAX_CONNECTIONS=1, to overlap; it is not set in this run.")
     return notes

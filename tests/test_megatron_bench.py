@@ -71,6 +71,8 @@ def test_a_rank_alone_is_checked_timed_and_told_apart(one_rank, monkeypatch: pyt
     assert max(len(line) for line in table.splitlines()) < 160
     wish = "Megatron-Core asks for CUDA_DEVICE_MAX_CONNECTIONS=1"
     assert wish not in table
+    assert "gathered tokens" not in table
+    assert "gathered tokens" in report.table([row | {"sequence_parallel": True} for row in result["rows"]], [])
     for connections, asked in ((None, True), ("8", True), ("1", False)):
         on_gpus = {"device_type": "cuda", "ranks": 2, "cuda_device_max_connections": connections}
         assert (wish in report.table([row | on_gpus for row in result["rows"]], [])) == asked
