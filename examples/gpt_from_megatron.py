@@ -138,13 +138,15 @@ class Trainer:
             overlap_param_gather=sharded,
         )
         self.model = DistributedDataParallel(config, data_parallel, model)
+        # From 0.14 on the optimizer is told as well.
+        told = hasattr(OptimizerConfig, "overlap_param_gather")
         optimizer = OptimizerConfig(
             optimizer="adam",
             lr=args.lr,
             bf16=args.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=sharded,
-            overlap_param_gather=sharded,
+            **({"overlap_param_gather": sharded} if told else {}),
         )
         self.optimizer = get_megatron_optimizer(optimizer, [self.model])
         self.positions = torch.arange(args.seq, device=device)[None]

@@ -201,21 +201,21 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         megatron_without_gpu.run_on_cpu()
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
     import gpt_from_megatron
 
-    gpt_from_megatron.start_parallelism(args)
-    works = gpt_from_megatron.distributed_optimizer_works()
+    version, works = gpt_from_megatron.VERSION, gpt_from_megatron.distributed_optimizer_works()
+    if args.distributed_optimizer and not works:
+        print(f"--distributed-optimizer: megatron-core {version}'s needs Transformer Engine", file=sys.stderr)
+        sys.exit(2)
     if args.distributed_optimizer is None:
         args.distributed_optimizer = works
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    gpt_from_megatron.start_parallelism(args)
     replicas = dist.get_world_size() // args.tp
     optimizer = "distributed optimizer" if args.distributed_optimizer else "whole optimizer on every replica"
-    version = gpt_from_megatron.VERSION
     say(f"{replicas} × {args.tp} ranks (dp, tp), {dist.get_backend()}, megatron-core {version}, {optimizer}")
     if args.recompute == "mlp" and args.mlp == "both":
-        say(
-            "--recompute mlp is for FusedMLP alone: Megatron's own MLP recurses for ever with it, and keeps its tensors"
-        )
+        say("--recompute mlp is for FusedMLP alone: with it Megatron's own MLP recurses for ever")
     train(args, device)
     gpt_from_megatron.parallel_state.destroy_model_parallel()
 
