@@ -10,7 +10,6 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import package_info, parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -30,24 +29,6 @@ from tpffn_triton.megatron import replace_mlp
 
 VERSION = package_info.__version__
 VOCABULARY = 256  # a token is a byte
-
-
-def squared_relu(z: Tensor) -> Tensor:
-    """Return relu(z)²; Megatron's own came with 0.14."""
-    return F.relu(z).square()
-
-
-# activation_func, gated_linear_unit, bias_activation_fusion, with which Megatron's gelu is the tanh approximation.
-ACTIVATIONS: dict[str, tuple[Any, bool, bool]] = {
-    "gelu": (F.gelu, False, False),
-    "gelu_tanh": (F.gelu, False, True),
-    "silu": (F.silu, False, False),
-    "relu": (F.relu, False, False),
-    "relu2": (squared_relu, False, False),
-    "geglu": (F.gelu, True, False),
-    "geglu_tanh": (F.gelu, True, True),
-    "swiglu": (F.silu, True, True),
-}
 
 
 class NormOnSlices(nn.LayerNorm):
@@ -77,7 +58,7 @@ def configuration(args: argparse.Namespace, fused: bool) -> TransformerConfig:
     Megatron's own MLP returns its bias itself. Checkpointed by itself, alone, it recurses in backward until the memory
     is full.
     """
-    function, gated, fusion = ACTIVATIONS[args.activation]
+    function, gated, fusion = args.activation_options
     recompute: dict[str, Any] = {}
     if args.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

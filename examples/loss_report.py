@@ -1,13 +1,17 @@
 """Show two trainings that should be one: a table, a JSON file, a plot."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import tpffn_triton
 
 TITLES = {"megatron": "Megatron's MLP", "fused": "FusedMLP"}
 WARM_UP = 5  # steps whose times are left out of the median
@@ -50,11 +54,23 @@ def summary(rows: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what the figures were taken with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    packages = ("tpffn-triton", "megatron-core", "torch", "triton")
-    return {"device": name, "python": platform.python_version(), **{package: _version(package) for package in packages}}
+    found = {"device": name, "cores": os.cpu_count(), "python": platform.python_version(), "commit": _commit()}
+    return found | {package: _version(package) for package in ("tpffn-triton", "megatron-core", "torch", "triton")}
+
+
+def _commit() -> str | None:
+    """Return this checkout's commit, marked where files have changed since; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:
+    if package == "tpffn-triton":  # which may be a checkout on the path
+        return tpffn_triton.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
