@@ -113,7 +113,12 @@ def plot(rows: list[dict[str, float]], names: list[str], title: str, path: Path)
         bottom = float(unit.min()) / 4
         equal = differences == 0
         lower.plot(
-            steps, unit, color="#555555", linewidth=0.9, drawstyle="steps-mid", label="last digit of the loss in fp32"
+            steps,
+            unit,
+            color="#555555",
+            linewidth=0.9,
+            drawstyle="steps-mid",
+            label="unit in the last place of the loss, fp32",
         )
         colour = styles["fused"]["color"]
         lower.plot(
