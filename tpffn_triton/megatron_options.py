@@ -55,7 +55,10 @@ def _plain_name(function: Any) -> str:
     plain = getattr(function, "_torchdynamo_orig_callable", function)
     z = torch.linspace(-12, 12, 1201, dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        values = plain(z)
+        try:
+            values = plain(z)
+        except Exception as error:
+            raise ValueError(f"activation_func {_shown(function)} does not take an fp64 tensor on the CPU") from error
         for name in PLAIN_ACTIVATIONS:
             # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
             if torch.allclose(values, ACTIVATIONS[name](z), rtol=1e-8, atol=1e-8):
