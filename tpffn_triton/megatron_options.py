@@ -51,12 +51,11 @@ def activation_of(config: Any) -> str:
 
 def _plain_name(function: Any) -> str:
     """Name a function by its values: it may be a partial, a lambda, torch.relu or a model's own squared ReLU."""
-    # Where Megatron compiles a function, the one it was made from.
-    plain = getattr(function, "_torchdynamo_orig_callable", function)
     z = torch.linspace(-12, 12, 1201, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
+    # Megatron compiles some of its own; for one look that would take seconds, and a C++ compiler.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            values = plain(z)
+            values = function(z)
         except Exception as error:
             raise ValueError(f"activation_func {_shown(function)} does not take an fp64 tensor on the CPU") from error
         for name in PLAIN_ACTIVATIONS:
