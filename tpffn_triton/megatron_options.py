@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from tpffn_triton.reference import ACTIVATIONS
@@ -58,10 +59,11 @@ def _plain_name(function: Any) -> str:
             values = function(z)
         except Exception as error:
             raise ValueError(f"activation_func {_shown(function)} does not take an fp64 tensor on the CPU") from error
-        for name in PLAIN_ACTIVATIONS:
-            # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
-            if torch.allclose(values, ACTIVATIONS[name](z), rtol=1e-8, atol=1e-8):
-                return name
+        if isinstance(values, Tensor) and values.shape == z.shape:
+            for name in PLAIN_ACTIVATIONS:
+                # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
+                if torch.allclose(values.double(), ACTIVATIONS[name](z), rtol=1e-8, atol=1e-8):
+                    return name
     raise ValueError(f"activation_func {_shown(function)} is none of {', '.join(PLAIN_ACTIVATIONS)}")
 
 
