@@ -101,8 +101,10 @@ class FusedMLP(MLP):
         if is_expert:
             raise ValueError("FusedMLP is no expert of a mixture (is_expert=True): use Megatron's experts")
         # linear_fc2 of Megatron's MLP leads from config.ffn_hidden_size to config.hidden_size, whatever is passed.
-        for name, given in (("input_size", input_size), ("ffn_hidden_size", ffn_hidden_size)):
-            own = config.hidden_size if name == "input_size" else config.ffn_hidden_size
+        for name, given, own in (
+            ("input_size", input_size, config.hidden_size),
+            ("ffn_hidden_size", ffn_hidden_size, config.ffn_hidden_size),
+        ):
             if given not in (None, own):
                 raise ValueError(f"FusedMLP has {name}={own}, as in its config; got {given}")
         activation = activation_of(config)
