@@ -99,8 +99,16 @@ def test_the_second_example_runs_and_memory_is_that_of_the_table(tmp_path):
     pytest.importorskip("megatron.core")
     (block,) = BLOCKS[1:]
     assert "torchrun" not in block
-    shown = "print(spec.submodules.mlp.module.__name__, spec.submodules.mlp.params)"
-    assert "FusedMLP {'save': 'nothing'}" in run(block + shown, tmp_path)
+    shown = "print(spec.submodules.mlp.module.__name__, spec.submodules.mlp.params)\n"
+    output = run(block + shown + COUNT_SAVED_TENSORS, tmp_path)
+    assert re.search("^FusedMLP .*'save': 'nothing'", output, re.MULTILINE)
+    rows = {"gelu": "gelu", "swiglu": "swiglu", "swiglu, fused": "swiglu, `bias_activation_fusion`"}
+    kept = [line.split("|")[1:] for line in output.splitlines() if line.startswith("kept|")]
+    assert len(kept) == 12
+    for (work, *_, megatron), (*_, fused), (*_, nothing) in zip(kept[::3], kept[1::3], kept[2::3], strict=True):
+        assert float(nothing) == 0
+        cells = [f"{float(number):g} × [M, F/P]" for number in (megatron, fused)]
+        assert f"| {rows[work]} | {' | '.join(cells)} | 0 |" in PAGE, kept
 
 
 def test_activations_are_those_of_the_table():
