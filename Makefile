@@ -15,7 +15,13 @@ STAMP := $(VENV)/.ready-$(KEY)
 
 # The oldest supported triton, by itself: compiling ahead of time works with it beside any torch.
 TRITON_36 := .cache/triton-3.6.0
-TRITON_36_STAMP := $(TRITON_36)/.ready-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+ABI := $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+TRITON_36_STAMP := $(TRITON_36)/.ready-$(ABI)
+
+# Older megatron-cores, a folder each; the dev extra brings the newest.
+MEGATRON := .cache/megatron-core
+MEGATRON_VERSIONS := 0.12.3 0.13.1 0.14.0 0.15.3
+MEGATRON_STAMP := $(MEGATRON)/.ready-$(ABI)
 
 .PHONY: help test mutants bench analysis lint gpu
 .DEFAULT_GOAL := help
@@ -26,9 +32,9 @@ help: ## list the targets
 	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) JOBS=$(JOBS)"
 	@echo "           PYTEST_FLAGS, MUTANTS_FLAGS, BENCH_FLAGS, GPU_FLAGS, RESULTS"
 
-test: lint $(STAMP) $(TRITON_36_STAMP) ## lint, then run every test that needs no GPU (PYTEST_FLAGS="tests/test_plan.py -x")
+test: lint $(STAMP) $(TRITON_36_STAMP) $(MEGATRON_STAMP) ## lint, then run every test that needs no GPU (PYTEST_FLAGS="tests/test_plan.py -x")
 	@# worksteal: neighbours stay on one worker and share its fixtures until a worker runs dry
-	TPFFN_TRITON_36=$(CURDIR)/$(TRITON_36) $(RUN) pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+	TPFFN_TRITON_36=$(CURDIR)/$(TRITON_36) TPFFN_MEGATRON=$(CURDIR)/$(MEGATRON) $(RUN) pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 mutants: $(STAMP) ## make mistakes in a copy of the sources: the tests must notice each (MUTANTS_FLAGS="--only gate")
 	$(VENV)/bin/python tests/mutants.py --jobs $(JOBS) $(MUTANTS_FLAGS)
@@ -62,4 +68,14 @@ $(TRITON_36_STAMP): | $(STAMP)
 	@echo "setting up $(TRITON_36) (once)" >&2
 	@rm -rf $(TRITON_36)
 	@$(PIP) --no-deps --target $(TRITON_36) triton==3.6.0
+	@touch $@
+
+$(MEGATRON_STAMP): | $(STAMP)
+	@echo "setting up $(MEGATRON) (once): $(MEGATRON_VERSIONS)" >&2
+	@rm -rf $(MEGATRON)
+	@mkdir -p $(MEGATRON)
+	@for version in $(MEGATRON_VERSIONS); do \
+	  $(PIP) --no-deps --only-binary :all: --target $(MEGATRON)/$$version megatron-core==$$version \
+	  || echo "megatron-core $$version has no wheel for this Python: its tests skip" >&2; \
+	done
 	@touch $@

@@ -39,6 +39,8 @@ def run_on_cpu() -> None:
         raise RuntimeError("run_on_cpu() is for processes without a GPU")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
+    cuda.set_device = lambda device: None
+    cuda.current_stream = torch.cpu.current_stream
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.manual_seed = torch.manual_seed
     cuda.synchronize = lambda device=None: None

@@ -50,7 +50,8 @@ def gate(*arguments, triton_folder=None) -> tuple[int, list[dict]]:
 @versions
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_enforced_architectures(arch, triton_folder):
-    """Every row; with the installed triton also with other activations, in fp16, and odd in another way."""
+    """Every row; with the installed triton in all its forms and outputs, with other activations, in fp16, and odd in
+    another way."""
     status, rows = gate("--arch", arch, *["--brief"] * bool(triton_folder), triton_folder=triton_folder)
     problems = [row for row in rows if row["problems"]]
     assert not problems

@@ -30,7 +30,8 @@ LAYERS = (
     ("transforms",),
     ("functional", "partitioned", "megatron_options"),
     ("module",),
-    ("replicated_grads", "comparison", "explanation", "megatron"),
+    ("replicated_grads", "comparison", "explanation", "megatron_mlp"),
+    ("megatron",),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from tpffn_triton.reference import ACTIVATIONS
@@ -51,15 +52,18 @@ def activation_of(config: Any) -> str:
 
 def _plain_name(function: Any) -> str:
     """Name a function by its values: it may be a partial, a lambda, torch.relu or a model's own squared ReLU."""
-    # Where Megatron compiles a function, the one it was made from.
-    plain = getattr(function, "_torchdynamo_orig_callable", function)
     z = torch.linspace(-12, 12, 1201, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        values = plain(z)
-        for name in PLAIN_ACTIVATIONS:
-            # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
-            if torch.allclose(values, ACTIVATIONS[name](z), rtol=1e-8, atol=1e-8):
-                return name
+    # Megatron compiles some of its own; for one look that would take seconds, and a C++ compiler.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            values = function(z)
+        except Exception as error:
+            raise ValueError(f"activation_func {_shown(function)} does not take an fp64 tensor on the CPU") from error
+        if isinstance(values, Tensor) and values.shape == z.shape:
+            for name in PLAIN_ACTIVATIONS:
+                # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
+                if torch.allclose(values.double(), ACTIVATIONS[name](z), rtol=1e-8, atol=1e-8):
+                    return name
     raise ValueError(f"activation_func {_shown(function)} is none of {', '.join(PLAIN_ACTIVATIONS)}")
 
 
