@@ -18,7 +18,7 @@ This process is changed where a module is built: without a group torch.distribut
 gets the group and the buffer; on a CPU torch.cuda.current_device leads to it with sequence parallelism, and where
 nothing can be compiled torch.compile is off.
 
-Source: megatron-core 0.12.0 to 0.19.1, transformer/mlp.py, tensor_parallel/layers.py and mappings.py.
+Source: megatron-core 0.12.0 to 0.19.0, transformer/mlp.py, tensor_parallel/layers.py and mappings.py.
 """
 
 import contextlib
