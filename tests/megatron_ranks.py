@@ -1,0 +1,86 @@
+"""Run comparisons with megatron-core on a pool of ranks, and the cases to compare; imports no megatron-core itself.
+
+    on_ranks(Ranks(4), tp, "megatron_cases.equals_megatrons", "FusedMLP", layer)
+
+Every rank limits its memory, leads CUDA to the CPU, splits its world into tensor-parallel groups of `tp` ranks beside
+data-parallel ones, and calls the function named. Such a rank is of no use to other tests. The modules so named import
+megatron-core at their top, and nothing but a rank imports them.
+"""
+
+import importlib
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rank_pool import Ranks, use
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# A rank needs 1 GiB. Megatron's own MLP under recompute_modules=["mlp"] would take the whole machine.
+MEMORY_LIMIT = 12 << 30
+HIDDEN, FFN, HEADS, VOCABULARY, SEQUENCE, BATCH = 64, 256, 4, 64, 32, 2
+_state: dict[str, Any] = {"tp": None}
+
+
+class Layer(NamedTuple):
+    """What Megatron's config says of an MLP; activation is the config's activation_func."""
+
+    activation: str = "gelu"
+    gated: bool = False
+    fused: bool = False  # bias_activation_fusion
+    bias: bool = True
+    sequence_parallel: bool = False
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        words = {"gated": self.gated, "fused": self.fused, "no bias": not self.bias, "SP": self.sequence_parallel}
+        return " ".join([self.activation, *(word for word, said in words.items() if said), self.dtype])
+
+
+class Training(NamedTuple):
+    """A GPT to train, with an MLP of `layer`."""
+
+    layer: Layer = Layer()
+    recompute: str | None = None  # "full", or the name of a module
+    gradient_accumulation_fusion: bool = False  # of the MLPs alone: attention's linears need APEX for it
+    grad_reduce_in_fp32: bool = True
+    bucket_size: int = 2000
+
+    def __str__(self) -> str:
+        return f"{self.layer} recompute={self.recompute} fusion={self.gradient_accumulation_fusion}"
+
+
+PLAIN = [Layer(name) for name in ("gelu", "silu", "relu", "relu2")] + [Layer("gelu", fused=True)]
+GATED = [Layer(name, gated=True, fused=fused) for name in ("gelu", "silu") for fused in (False, True)]
+
+
+def on_ranks(pool: Ranks, tp: int, function: str, *args: Any, **options: Any) -> list:
+    """Return what every rank of the pool returns from "module.function"; raises if any rank did."""
+    return pool.run(call, tp, function, args, **options)
+
+
+def call(rank: int, world_size: int, tp: int, function: str, args: tuple, folder: str | None = None) -> Any:
+    """Call "module.function" on a rank. folder: where to import megatron-core from."""
+    if _state["tp"] is None:
+        _redirect(folder)
+    if _state["tp"] != tp:
+        from megatron.core import parallel_state, tensor_parallel
+
+        if _state["tp"] is not None:
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tp)
+        tensor_parallel.model_parallel_cuda_manual_seed(7)
+        _state["tp"] = tp
+    use("native")
+    module, name = function.split(".")
+    return getattr(importlib.import_module(module), name)(*args)
+
+
+def _redirect(folder: str | None) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(EXAMPLES))
+    if folder is not None:
+        sys.path.insert(0, folder)
+    importlib.import_module("megatron_without_gpu").run_on_cpu()
