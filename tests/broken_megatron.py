@@ -3,11 +3,11 @@
 On a rank only (megatron_ranks.py): it imports megatron-core.
 """
 
+import copy
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.module import MegatronModule
 
 from tpffn_triton import ffn
 from tpffn_triton.megatron import FusedMLP
@@ -104,5 +104,9 @@ class GateAndUpTogether(FusedMLP):
     """A checkpoint that cuts the rows of linear_fc1 as if they were not gate above up."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
-        metadata = {"dp_cp_group": self.data_parallel_group()} | (metadata or {})
-        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        config, self.config = self.config, copy.copy(self.config)
+        self.config.gated_linear_unit = False
+        try:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.config = config

@@ -3,11 +3,11 @@
 Which class is compared is an argument, so that a broken one can be: a name in broken_megatron.py, where FusedMLP is one.
 """
 
+import contextlib
 import copy
 from typing import Any
 
 import broken_megatron
-import megatron_ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -133,6 +133,20 @@ def same_parameters(ours: Any, theirs: Any) -> None:
     ours.load_state_dict(copy.copy(other))
 
 
-def layout() -> int:
-    """Return P of the current layout."""
-    return megatron_ranks._state["tp"]
+def follows_the_switch(name: str) -> None:
+    """Switch sequence parallelism off on the linears, as inference does: outputs must stay Megatron's."""
+    config = config_of(Layer(sequence_parallel=True))
+    theirs, ours = (build(cls, config) for cls in (MLP, class_of(name)))
+    config.sequence_parallel = False
+    x, _ = draw_input(config)
+    config.sequence_parallel = True
+    for linear in (theirs.linear_fc1, theirs.linear_fc2, ours.linear_fc1, ours.linear_fc2):
+        linear.sequence_parallel = False
+    with torch.no_grad():
+        y, expected = ours(x)[0], theirs(x)[0]
+    assert y.shape == expected.shape, f"y {[*y.shape]}, expected {[*expected.shape]}"
+    torch.testing.assert_close(y, expected)
+    ours.linear_fc2.sequence_parallel = True
+    with contextlib.suppress(ValueError):
+        ours(x)
+        raise AssertionError("linears that disagree on sequence_parallel were accepted")

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # A rank needs 1 GiB. Megatron's own MLP under recompute_modules=["mlp"] would take the whole machine.
 MEMORY_LIMIT = 12 << 30
 HIDDEN, FFN, HEADS, VOCABULARY, SEQUENCE, BATCH = 64, 256, 4, 64, 32, 2
-_state: dict[str, Any] = {"tp": None}
+_layouts: dict[int, dict[str, Any]] = {}
 
 
 class Layer(NamedTuple):
@@ -62,19 +62,24 @@ def on_ranks(pool: Ranks, tp: int, function: str, *args: Any, **options: Any) ->
 
 def call(rank: int, world_size: int, tp: int, function: str, args: tuple, folder: str | None = None) -> Any:
     """Call "module.function" on a rank. folder: where to import megatron-core from."""
-    if _state["tp"] is None:
+    if not _layouts:
         _redirect(folder)
-    if _state["tp"] != tp:
-        from megatron.core import parallel_state, tensor_parallel
-
-        if _state["tp"] is not None:
-            parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp)
-        tensor_parallel.model_parallel_cuda_manual_seed(7)
-        _state["tp"] = tp
+    _split(tp)
     use("native")
     module, name = function.split(".")
     return getattr(importlib.import_module(module), name)(*args)
+
+
+def _split(tp: int) -> None:
+    """Have parallel_state hold the groups of this layout. Groups made anew each time would pile up: none ever ends."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if tp not in _layouts:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tp)
+        _layouts[tp] = {name: value for name, value in vars(parallel_state).items() if name.strip("_").isupper()}
+    vars(parallel_state).update(_layouts[tp])
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
 
 
 def _redirect(folder: str | None) -> None:
