@@ -3,7 +3,6 @@
 Which class is compared is an argument, so that a broken one can be: a name in broken_megatron.py, where FusedMLP is one.
 """
 
-import contextlib
 import copy
 from typing import Any
 
@@ -133,20 +132,15 @@ def same_parameters(ours: Any, theirs: Any) -> None:
     ours.load_state_dict(copy.copy(other))
 
 
-def follows_the_switch(name: str) -> None:
-    """Switch sequence parallelism off on the linears, as inference does: outputs must stay Megatron's."""
-    config = config_of(Layer(sequence_parallel=True))
+def follows_the_switch(name: str, on: bool) -> None:
+    """Switch sequence parallelism on or off on the linears of a built MLP, as inference does, and compare outputs."""
+    config, switched = (config_of(Layer(sequence_parallel=value)) for value in (not on, on))
     theirs, ours = (build(cls, config) for cls in (MLP, class_of(name)))
-    config.sequence_parallel = False
-    x, _ = draw_input(config)
-    config.sequence_parallel = True
+    x, _ = draw_input(switched)
     for linear in (theirs.linear_fc1, theirs.linear_fc2, ours.linear_fc1, ours.linear_fc2):
-        linear.sequence_parallel = False
+        linear.sequence_parallel = on
     with torch.no_grad():
         y, expected = ours(x)[0], theirs(x)[0]
     assert y.shape == expected.shape, f"y {[*y.shape]}, expected {[*expected.shape]}"
-    torch.testing.assert_close(y, expected)
-    ours.linear_fc2.sequence_parallel = True
-    with contextlib.suppress(ValueError):
-        ours(x)
-        raise AssertionError("linears that disagree on sequence_parallel were accepted")
+    error = (y - expected).abs().max().item()
+    assert error < 1e-5, f"y is off by {error:.1e} after the switch"

@@ -18,3 +18,16 @@ EQUAL = "megatron_cases.equals_megatrons"
 def test_it_equals_megatrons_mlp(on_megatron_ranks, layout, sequence_parallel, layer, dtype):
     layer = layer._replace(sequence_parallel=sequence_parallel, dtype=dtype)
     on_megatron_ranks(layout, EQUAL, "FusedMLP", layer)
+
+
+@pytest.mark.parametrize(("layout", "sequence_parallel"), LAYOUTS[1:3], ids=LAYOUT_IDS[1:3])
+@pytest.mark.parametrize("layer", [PLAIN[-1], GATED[2]], ids=str)
+def test_with_the_triton_kernels(on_megatron_ranks, layout, sequence_parallel, layer):
+    layer = layer._replace(sequence_parallel=sequence_parallel)
+    on_megatron_ranks(layout, EQUAL, "FusedMLP", layer, "triton")
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("layout", [(2, 2), (4, 1)], ids=["P=2", "P=4"])
+def test_sequence_parallelism_may_be_switched_after_construction(on_megatron_ranks, layout, on):
+    on_megatron_ranks(layout, "megatron_cases.follows_the_switch", "FusedMLP", on)
