@@ -1,6 +1,6 @@
 """FusedMLP against Megatron-Core's MLP, on a rank (megatron_ranks.py): comparisons raise AssertionError.
 
-Which class is compared is an argument, so that a broken one can be: a name in broken_megatron.py, where FusedMLP is one.
+Which class is compared is an argument, so that a broken one can be: FusedMLP, or another name in broken_megatron.py.
 """
 
 import copy
@@ -12,12 +12,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from acceptance import assert_accurate
 from megatron.core import parallel_state
-from megatron.core.activations import squared_relu
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ranks import BATCH, FFN, HEADS, HIDDEN, SEQUENCE, Layer
 from rank_pool import use
+
+try:
+    from megatron.core.activations import squared_relu
+except ModuleNotFoundError:  # before 0.14
+
+    def squared_relu(x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x).square()
+
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": squared_relu}
 LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -5,16 +5,15 @@ import multiprocessing.dummy
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron_cases import build, class_of, config_of, draw_input, results
 from megatron_ranks import Layer
 from torch import Tensor
 
 # Files are written by forked processes, which ranks, being daemons, may not have: by threads here.
-filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
+async_utils.mp = filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
 
 
 def state_of(mlp: Any, separate: bool) -> dict:
@@ -45,6 +44,11 @@ def shards_and_output(mlp: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Return this rank's parameters by name, and y + bias."""
     found = results(mlp, *draw_input(mlp.config))
     return {name: p.detach() for name, p in mlp.named_parameters()}, found["y + bias"].detach()
+
+
+def can_save() -> bool:
+    """Say whether this version of megatron-core knows an argument that newer torch wants when it writes."""
+    return "serialization_format" in inspect.getsource(filesystem_async)
 
 
 def can_separate() -> bool:

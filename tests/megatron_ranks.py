@@ -55,13 +55,16 @@ PLAIN = [Layer(name) for name in ("gelu", "silu", "relu", "relu2")] + [Layer("ge
 GATED = [Layer(name, gated=True, fused=fused) for name in ("gelu", "silu") for fused in (False, True)]
 
 
-def on_ranks(pool: Ranks, tp: int, function: str, *args: Any, **options: Any) -> list:
-    """Return what every rank of the pool returns from "module.function"; raises if any rank did."""
-    return pool.run(call, tp, function, args, **options)
+def on_ranks(pool: Ranks, tp: int, function: str, *args: Any, folder: str | None = None) -> list:
+    """Return what every rank of the pool returns from "module.function"; raises if any rank did.
+
+    folder: where megatron-core is imported from, by the first call to a pool; None: as installed
+    """
+    return pool.run(call, tp, function, args, folder)
 
 
 def call(rank: int, world_size: int, tp: int, function: str, args: tuple, folder: str | None = None) -> Any:
-    """Call "module.function" on a rank. folder: where to import megatron-core from."""
+    """Call "module.function" on a rank."""
     if not _layouts:
         _redirect(folder)
     _split(tp)

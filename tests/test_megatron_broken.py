@@ -1,4 +1,4 @@
-"""The comparisons with megatron-core notice FusedMLPs with one mistake each (broken_megatron.py), and let FusedMLP pass."""
+"""The comparisons with megatron-core notice each mistake of broken_megatron.py, and let FusedMLP pass."""
 
 import pytest
 from megatron_ranks import Layer, Training
