@@ -118,6 +118,21 @@ def ignores_what_is_for_experts() -> None:
     assert "activation='gelu', save='pre_act'" in repr(mlp)
 
 
+def keeps_what_save_says() -> None:
+    """save reaches ffn: without the pre-activations backward keeps so many elements less."""
+    config = config_of(Layer())
+    x, _ = draw_input(config)
+    kept = []
+    for save in ("pre_act", "nothing"):
+        mlp, sizes = FusedMLP(config, LINEARS, save=save), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda _: None):
+            mlp(x.requires_grad_())
+        kept.append(sum(sizes))
+    features, tokens = mlp.linear_fc1.weight.shape[0], x.numel() // HIDDEN
+    # Without them b1 is kept.
+    assert kept[0] - kept[1] == tokens * features - features, kept
+
+
 def trains_what_is_not_frozen(frozen: tuple[str, ...], need_x: bool, layer: Layer) -> None:
     """Gradients of what is trained are Megatron's; what is frozen gets none."""
     config = config_of(layer)
@@ -146,9 +161,11 @@ def adds_to_main_grads(layer: Layer, main_dtype: str, frozen: tuple[str, ...] = 
     assert ours.linear_fc1.config is ours.config is fused
     weights = {name: p for name, p in ours.named_parameters() if name.endswith("weight")}
     for name, p in weights.items():
-        p.requires_grad_(name not in frozen)
-        p.main_grad = torch.full_like(p, 3, dtype=getattr(torch, main_dtype))
         p.grad_added_to_main_grad = False
+        if name in frozen:
+            p.requires_grad_(False)
+        else:
+            p.main_grad = torch.full_like(p, 3, dtype=getattr(torch, main_dtype))
     x, dy = draw_input(config)
     expected = results(plain, x, dy)
     with warnings.catch_warnings(record=True) as caught:
@@ -164,11 +181,16 @@ def adds_to_main_grads(layer: Layer, main_dtype: str, frozen: tuple[str, ...] = 
             grad = p.main_grad - 3
             torch.testing.assert_close(grad, expected[name].float(), rtol=tolerance, atol=tolerance)
             assert not p.grad.any(), f"{name}: would be added twice"
+        elif name in frozen:
+            assert p.grad is None, name
         else:
             assert (p.main_grad == 3).all(), name
-            assert p.grad is None if name in frozen else torch.equal(p.grad, expected[name]), name
-    with torch.no_grad():
-        ours(x)  # no main_grad is asked for
+            assert torch.equal(p.grad, expected[name]), name
+    for p in weights.values():
+        vars(p).pop("main_grad", None)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(x)  # where nothing is added, none is asked for
 
 
 def replaces_the_mlp_of_a_layer() -> None:

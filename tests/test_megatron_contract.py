@@ -20,6 +20,7 @@ BOTH = ("linear_fc1.weight", "linear_fc2.weight")
         "is_built_in_every_form",
         "refuses",
         "ignores_what_is_for_experts",
+        "keeps_what_save_says",
         "replaces_the_mlp_of_a_layer",
         "replaces_the_mlps_of_a_block",
         "brings_the_norm_back",

@@ -1,7 +1,7 @@
-"""FusedMLP with other versions of megatron-core: folders in the one that TPFFN_MEGATRON names, each named by its version.
+"""FusedMLP with other versions of megatron-core: TPFFN_MEGATRON names a folder with one folder for each.
 
-    pip install --no-deps --target megatrons/0.12.3 megatron-core==0.12.3
-    TPFFN_MEGATRON=megatrons python -m pytest tests/test_megatron_versions.py
+pip install --no-deps --target megatrons/0.12.3 megatron-core==0.12.3
+TPFFN_MEGATRON=megatrons python -m pytest tests/test_megatron_versions.py
 """
 
 import os
