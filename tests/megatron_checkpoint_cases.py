@@ -11,6 +11,7 @@ from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron_cases import build, class_of, config_of, draw_input, results
 from megatron_ranks import Layer
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 # Files are written by forked processes, which ranks, being daemons, may not have: by threads here.
 async_utils.mp = filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
@@ -35,7 +36,10 @@ def saved(name: str, layer: Layer, separate: bool, folder: str) -> tuple[dict[st
 def loaded(name: str, layer: Layer, separate: bool, folder: str) -> tuple[dict[str, Tensor], Tensor]:
     """Load into an MLP of a class that has other weights; return its shards and its output."""
     mlp = build(class_of(name), config_of(layer), seed=77)
-    state = dist_checkpointing.load(state_of(mlp, separate), folder)
+    try:
+        state = dist_checkpointing.load(state_of(mlp, separate), folder)
+    except CheckpointException as error:  # no Exception: it would end the rank
+        raise AssertionError(f"{name} cannot load it: {error}") from error
     mlp.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
     return shards_and_output(mlp)
 

@@ -102,8 +102,6 @@ def trainer_of(case: Training, config: Any, model: Any) -> tuple[Any, Any]:
         "adam_eps": 1e-3,
         "use_distributed_optimizer": True,
         "overlap_param_gather": True,
-        "bf16": config.params_dtype == torch.bfloat16,
-        "params_dtype": config.params_dtype,
     }
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     options = {name: value for name, value in options.items() if name in known}
