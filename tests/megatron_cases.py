@@ -70,9 +70,9 @@ def build(cls: type, config: TransformerConfig, seed: int = 1) -> Any:
     return mlp
 
 
-def draw_input(config: TransformerConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_input(config: TransformerConfig, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     """Return hidden_states and the output's gradient, [S, B, H], or this rank's slices of them."""
-    torch.manual_seed(9)
+    torch.manual_seed(seed)
     x, dy = torch.randn(2, SEQUENCE, BATCH, HIDDEN, dtype=torch.float64).to(config.params_dtype)
     if config.sequence_parallel:
         rank, size = (
@@ -105,17 +105,23 @@ def equals_megatrons(name: str, layer: Layer, implementation: str = "native") ->
     with torch.no_grad():
         for p, q in zip(wide.parameters(), theirs.parameters(), strict=True):
             p.copy_(q)
-    x, dy = draw_input(config)
-    found, expected, exact = (
-        results(mlp, *(t.to(mlp.linear_fc1.weight.dtype) for t in (x, dy))) for mlp in (ours, theirs, wide)
-    )
+    found, expected, exact = (several_results(mlp, config) for mlp in (ours, theirs, wide))
     assert found.keys() == expected.keys(), f"results {[*found]}, expected {[*expected]}"
     for key, value in found.items():
-        # Of all shards together: the errors of a shard's few elements are large or small by luck.
+        # Of all shards together: the errors of a few elements are large or small by luck.
         ours_whole, eager, right = (gathered(t) for t in (value, expected[key], exact[key]))
         # A sum over tokens, whose terms cancel.
         noise = 2 * right.abs() if key == "linear_fc1.bias" else None
         assert_accurate(key, ours_whole, eager, right, noise)
+
+
+def several_results(mlp: Any, config: TransformerConfig) -> dict[str, torch.Tensor]:
+    """Return the results of several inputs, drawn in the config's dtype, one below the other."""
+    drawn = []
+    for seed in range(9, 13):
+        x, dy = (t.to(mlp.linear_fc1.weight.dtype) for t in draw_input(config, seed))
+        drawn.append(results(mlp, x, dy))
+    return {name: torch.cat([each[name] for each in drawn]) for name in drawn[0]}
 
 
 def gathered(t: torch.Tensor) -> torch.Tensor:
