@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     # Before the first import of a kernel: triton reads it when a kernel is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from megatron_ranks import on_ranks
 from rank_pool import Ranks
 
 from tpffn_triton import interpreter
@@ -89,6 +90,18 @@ def ranks_of():
     yield pool
     for p in pools.values():
         p.close()
+
+
+@pytest.fixture(scope="module")
+def on_megatron_ranks(ranks_of):
+    """Return a function: (tp, dp), "module.function", arguments → what each of tp · dp ranks returned from it."""
+    pytest.importorskip("megatron.core")
+
+    def run(layout: tuple[int, int], function: str, *args) -> list:
+        tp, dp = layout
+        return on_ranks(ranks_of(tp * dp), tp, function, *args)
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import mutants_of_communication
 import mutants_of_costs
 import mutants_of_kernels
+import mutants_of_megatron
 import mutants_of_package
 import mutants_of_partitionings
 import mutants_of_ranks
@@ -41,7 +42,7 @@ import mutants_of_single_launch
 import mutants_of_weight_grads
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("kernels", "tpffn_triton", "tests", "bench")  # bench: for tests/jit_launches.py
+COPIED = ("kernels", "tpffn_triton", "tests", "bench", "examples")  # the last two: imported by tests
 TEST_SECONDS, RUN_SECONDS = 120, 600
 TYPO = re.compile(r"\b(?:Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Compilation)Error\b")
 HEADER = """\
@@ -84,6 +85,7 @@ SOURCES = (
     mutants_of_kernels,
     mutants_of_single_launch,
     mutants_of_package,
+    mutants_of_megatron,
     mutants_of_partitionings,
     mutants_of_communication,
     mutants_of_costs,

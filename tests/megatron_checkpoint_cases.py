@@ -1,0 +1,60 @@
+"""Distributed checkpoints of megatron-core's MLP and of FusedMLP, on a rank (megatron_ranks.py)."""
+
+import inspect
+import multiprocessing.dummy
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
+from megatron_cases import build, class_of, config_of, draw_input, results
+from megatron_ranks import Layer
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+
+# Files are written by forked processes, which ranks, being daemons, may not have: by threads here.
+async_utils.mp = filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
+
+
+def state_of(mlp: Any, separate: bool) -> dict:
+    """Return the state to save or load. separate: gate and up under names of their own, as newer versions can."""
+    metadata: dict[str, Any] | None = {"singleton_local_shards": True} if separate else None
+    if type(mlp) is MLP:  # from 0.16 on it needs one, which models put there
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        metadata = {**(metadata or {}), "dp_cp_group": group}
+    return mlp.sharded_state_dict(prefix="mlp.", metadata=metadata)
+
+
+def saved(name: str, layer: Layer, separate: bool, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Save an MLP of a class; return its shards and its output."""
+    mlp = build(class_of(name), config_of(layer), seed=11)
+    dist_checkpointing.save(state_of(mlp, separate), folder)
+    return shards_and_output(mlp)
+
+
+def loaded(name: str, layer: Layer, separate: bool, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Load into an MLP of a class that has other weights; return its shards and its output."""
+    mlp = build(class_of(name), config_of(layer), seed=77)
+    try:
+        state = dist_checkpointing.load(state_of(mlp, separate), folder)
+    except CheckpointException as error:  # no Exception: it would end the rank
+        raise AssertionError(f"{name} cannot load it: {error}") from error
+    mlp.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
+    return shards_and_output(mlp)
+
+
+def shards_and_output(mlp: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Return this rank's parameters by name, and y + bias."""
+    found = results(mlp, *draw_input(mlp.config))
+    return {name: p.detach() for name, p in mlp.named_parameters()}, found["y + bias"].detach()
+
+
+def can_save() -> bool:
+    """Say whether this version of megatron-core knows an argument that newer torch wants when it writes."""
+    return "serialization_format" in inspect.getsource(filesystem_async)
+
+
+def can_separate() -> bool:
+    """Say whether this version of megatron-core knows singleton_local_shards."""
+    return "singleton_local_shards" in inspect.signature(apply_swiglu_sharded_factory).parameters

@@ -1,0 +1,147 @@
+"""GPT models of megatron-core, trained with Megatron's MLP and with FusedMLP, on a rank (megatron_ranks.py)."""
+
+import contextlib
+import copy
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron_cases import class_of, config_of
+from megatron_ranks import BATCH, SEQUENCE, VOCABULARY, Training
+from torch import Tensor, nn
+
+from tpffn_triton.megatron import replace_mlp
+
+STEPS = 4
+# Of Transformer Engine; recomputation of norms asks for them, and does nothing with them without fp8.
+STUBS = {
+    "FP8GlobalStateManager": SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None),
+    "activation_recompute_forward": lambda **_: contextlib.nullcontext(),
+    "fp8_autocast": lambda **_: contextlib.nullcontext(),
+}
+for _name, _stub in STUBS.items():
+    if not hasattr(random, _name):
+        setattr(random, _name, _stub)
+# Of fp8 weights, of which there are none: 0.12 asks for Transformer Engine nevertheless.
+distrib_optimizer.quantize_param_shard = lambda *_: None
+
+
+class Norm(nn.LayerNorm):
+    """A norm whose gradients Megatron sums under sequence parallelism; its own, without APEX, refuses that."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        for p in self.parameters():
+            p.sequence_parallel = config.sequence_parallel
+
+
+def model_of(case: Training, cls: type) -> tuple[Any, Any]:
+    """Return (config, GPTModel) whose MLPs are of a class; the same initial weights for each."""
+    options: dict[str, Any] = {}
+    # Megatron's own MLP recurses for ever with "mlp": it is what a model without recomputation computes.
+    if cls is not MLP and case.recompute == "full":
+        options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif cls is not MLP and case.recompute:
+        options = {"recompute_granularity": "selective", "recompute_modules": [case.recompute]}
+    config = config_of(case.layer, **options)
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
+    if cls is not MLP:
+        spec = replace_mlp(spec)
+        for layer in spec.layer_specs:
+            layer.submodules.mlp.module = accumulating(cls) if case.gradient_accumulation_fusion else cls
+    torch.manual_seed(3)
+    model = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE)
+    torch.manual_seed(4)
+    for name, p in model.named_parameters():
+        if name.endswith("linear_fc2.bias"):
+            nn.init.normal_(p, std=0.1)
+    return config, model
+
+
+def accumulating(cls: type) -> type:
+    """Return the class for a model whose other linears cannot have gradient_accumulation_fusion: it needs APEX."""
+
+    class Accumulating(cls):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(config, *args, **kwargs)
+
+    return Accumulating
+
+
+def trainer_of(case: Training, config: Any, model: Any) -> tuple[Any, Any]:
+    """Return DistributedDataParallel and the distributed optimizer, both with overlap."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        grad_reduce_in_fp32=case.grad_reduce_in_fp32,
+        bucket_size=case.bucket_size,
+    )
+    parallel = DistributedDataParallel(config, settings, model)
+    # The gradient of attention's key bias is noise: a large epsilon keeps Adam from following its sign.
+    options = {
+        "optimizer": "adam",
+        "lr": 1e-2,
+        "adam_eps": 1e-3,
+        "use_distributed_optimizer": True,
+        "overlap_param_gather": True,
+    }
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    options = {name: value for name, value in options.items() if name in known}
+    return parallel, get_megatron_optimizer(OptimizerConfig(**options), [parallel])
+
+
+def train(case: Training, cls: type) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the loss before each step and after the last one, and the parameters after it."""
+    config, model = model_of(case, cls)
+    parallel, optimizer = trainer_of(case, config, model)
+    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    mask = torch.triu(torch.ones(SEQUENCE, SEQUENCE), 1).bool()[None, None]
+    losses = []
+    for step in range(STEPS + 1):
+        torch.manual_seed(100 + step + 10 * parallel_state.get_data_parallel_rank())
+        # Something to learn: the next one.
+        tokens = (torch.randint(0, VOCABULARY, (BATCH, 1)) + torch.arange(SEQUENCE + 1)) % VOCABULARY
+        parallel.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = parallel(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous()).mean()
+        losses.append(loss.item())
+        # Megatron's checkpoint makes a parameter that it is given as an output its own: backward would not end.
+        made = [name for name, p in model.named_parameters() if not p.is_leaf]
+        assert not made, f"no leaf after a forward: {made}"
+        loss.backward()
+        finalize_model_grads([parallel])
+        if step < STEPS:
+            optimizer.step()
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trains_as_megatrons(name: str, case: Training) -> list[float]:
+    """Compare every loss and the parameters after four steps; return the losses."""
+    cls = class_of(name)
+    losses, parameters = train(case, cls)
+    expected, expected_parameters = train(case, MLP)
+    for step, (own, theirs) in enumerate(zip(losses, expected, strict=True)):
+        assert abs(own - theirs) <= 1e-5, f"loss {own} before step {step}, Megatron's {theirs}"
+    assert [*parameters] == [*expected_parameters]
+    for name, p in parameters.items():
+        error = (p - expected_parameters[name]).abs().max().item()
+        assert error <= 2e-5, f"{name}: off by {error:.1e} after {STEPS} steps"
+    return losses
