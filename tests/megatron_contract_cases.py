@@ -196,9 +196,9 @@ def adds_to_main_grads(layer: Layer, main_dtype: str, frozen: tuple[str, ...] = 
 def replaces_the_mlp_of_a_layer() -> None:
     """In the local spec, by replace_mlp and by one line; the spec given stays as it was."""
     given = get_gpt_layer_local_spec()
-    before = copy.deepcopy(given)
+    before = repr(given)
     spec = replace_mlp(given, save="nothing")
-    assert given == before, "the spec given has changed"
+    assert repr(given) == before, "the spec given has changed"
     assert spec.submodules.mlp.module is FusedMLP
     assert spec.submodules.self_attention == given.submodules.self_attention
     assert spec.submodules.pre_mlp_layernorm is given.submodules.pre_mlp_layernorm
@@ -208,7 +208,7 @@ def replaces_the_mlp_of_a_layer() -> None:
     assert layer.mlp.save == "nothing"
     again = replace_mlp(spec, save="pre_act")
     assert TransformerLayer(config, again.submodules).mlp.save == "pre_act"
-    with refused(TypeError, "got sav"):
+    with refused(TypeError, "'sav'"):
         replace_mlp(given, sav="nothing")
     given.submodules.mlp = fused_mlp_spec(reduce_dtype=torch.float32)
     assert TransformerLayer(config, given.submodules).mlp.reduce_dtype == torch.float32
@@ -219,15 +219,16 @@ def replaces_the_mlps_of_a_block() -> None:
     dense, mixture = get_gpt_layer_local_spec(), get_gpt_layer_local_spec(num_experts=2)
     block = TransformerBlockSubmodules(layer_specs=[dense, mixture, dense], layer_norm=Norm)
     replaced = replace_mlp(block)
-    assert [spec.submodules.mlp.module is FusedMLP for spec in replaced.layer_specs] == [True, False, True]
+    mlps = [getattr(spec.submodules.mlp, "module", None) for spec in replaced.layer_specs]
+    assert [mlp is FusedMLP for mlp in mlps] == [True, False, True]
     assert replaced.layer_specs[1] is mixture
     assert replaced.layer_norm is Norm
     assert block.layer_specs[0].submodules.mlp is dense.submodules.mlp
     with refused(ValueError, "MoELayer"):
         replace_mlp(mixture)
-    with refused(ValueError, "no layer with an MLP"):
+    with refused(ValueError, "no layer of this block has an MLP to replace: .*MoELayer"):
         replace_mlp(TransformerBlockSubmodules(layer_specs=[mixture], layer_norm=Norm))
-    with refused(ValueError, "this spec has"):
+    with refused(ValueError, "mlp is None"):
         replace_mlp(ModuleSpec(module=TransformerLayer))
 
 

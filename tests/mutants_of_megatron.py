@@ -1,4 +1,4 @@
-"""Mistakes in megatron.py and megatron_options.py for mutants.py to make: file → (name, text, replacement, tests).
+"""Mistakes in the Megatron adapter for mutants.py to make: file → (name, text, replacement, tests).
 
 Larger ones, which need more than a line, are in broken_megatron.py.
 """
@@ -8,7 +8,7 @@ CONTRACT = "test_megatron_contract.py -k {}"
 OPTIONS = "test_megatron_options.py -k {}"
 
 MUTANTS = {
-    "tpffn_triton/megatron.py": [
+    "tpffn_triton/megatron_mlp.py": [
         (
             "bias returned as the parameter",
             "b2.view_as(b2)",
@@ -57,7 +57,7 @@ MUTANTS = {
         ),
         (
             "linears lost",
-            "if given not in (None, own, ColumnParallelShard, RowParallelShard):",
+            "if given not in (None, own, held):",
             "if given is False:",
             CONTRACT.format("refuses"),
         ),
@@ -91,10 +91,12 @@ MUTANTS = {
             "ensure(None)",
             "test_megatron_checkpoints.py -k names_of_their_own",
         ),
+    ],
+    "tpffn_triton/megatron.py": [
         (
             "norm lost",
-            "if before.pre_mlp_layernorm is IdentityOp:",
-            "if before is IdentityOp:",
+            'changes |= {"pre_mlp_layernorm": transformer_engine.TENorm, ',
+            "changes |= {",
             CONTRACT.format("norm"),
         ),
         (
@@ -103,7 +105,7 @@ MUTANTS = {
             '"pre_mlp_layernorm.": "mlp.linear_fc1.norm_"',
             CONTRACT.format("norm"),
         ),
-        ("mixtures replaced", "issubclass(mlp, MLP)", "issubclass(mlp, nn.Module)", CONTRACT.format("block")),
+        ("mixtures replaced", "mlp is not None and mlp in", "mlp is not None or mlp in", CONTRACT.format("block")),
         (
             "given spec changed",
             "return replace(spec, submodules=replace(before, **changes))",
