@@ -5,11 +5,13 @@ import multiprocessing.dummy
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron_cases import build, class_of, config_of, draw_input, results
-from megatron_ranks import Layer
+from megatron_ranks import SEQUENCE, VOCABULARY, Layer, Training
+from megatron_training_cases import model_of
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
@@ -42,6 +44,36 @@ def loaded(name: str, layer: Layer, separate: bool, folder: str) -> tuple[dict[s
         raise AssertionError(f"{name} cannot load it: {error}") from error
     mlp.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
     return shards_and_output(mlp)
+
+
+def model_saved(name: str, case: Training, folder: str) -> float:
+    """Save a whole GPT with MLPs of a class; return its loss."""
+    _, model = model_of(case, class_of(name))
+    dist_checkpointing.save(model.sharded_state_dict(), folder)
+    return loss_of(model)
+
+
+def model_loaded(name: str, case: Training, folder: str) -> tuple[float, float]:
+    """Load it into one with other weights; return its loss before and after."""
+    _, model = model_of(case, class_of(name))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    before = loss_of(model)
+    try:
+        state = dist_checkpointing.load(model.sharded_state_dict(), folder)
+    except CheckpointException as error:
+        raise AssertionError(f"{name} cannot load it: {error}") from error
+    model.load_state_dict(state)
+    return before, loss_of(model)
+
+
+@torch.no_grad()
+def loss_of(model: Any) -> float:
+    """Return a GPT's loss of some tokens, the same on every rank."""
+    tokens = torch.arange(SEQUENCE + 1)[None] * 7 % VOCABULARY
+    positions, mask = torch.arange(SEQUENCE)[None], torch.ones(SEQUENCE, SEQUENCE).triu(1).bool()[None, None]
+    return model(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous()).mean().item()
 
 
 def shards_and_output(mlp: Any) -> tuple[dict[str, Tensor], Tensor]:

@@ -20,7 +20,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron_cases import LINEARS, build, config_of, draw_input, results
+from megatron_cases import LINEARS, build, config_of, draw_input, results, same_parameters
 from megatron_ranks import FFN, HIDDEN, Layer
 from megatron_training_cases import Norm
 from torch import nn
@@ -67,6 +67,13 @@ def is_built_in_every_form() -> None:
         assert mlp.tp_group.size() == size
         x, _ = draw_input(config)
         assert mlp(x)[0].shape == x.shape
+
+
+def begins_as_megatrons_on_a_gpu() -> None:
+    """With weights drawn where they stay, as in training, rather than whole on the CPU."""
+    for layer in (Layer(), Layer("silu", gated=True, sequence_parallel=True)):
+        config = config_of(layer, use_cpu_initialization=False)
+        same_parameters(build(FusedMLP, config), build(MLP, config))
 
 
 def refuses() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from megatron_ranks import Layer
+from megatron_ranks import Layer, Training
 
 from tpffn_triton.sharding import unshard_ffn
 
@@ -42,6 +42,16 @@ def test_gate_and_up_under_names_of_their_own(on_megatron_ranks, tmp_path, from_
     if not on_megatron_ranks((1, 4), "megatron_checkpoint_cases.can_separate")[0]:
         pytest.skip("this version of megatron-core has no singleton_local_shards")
     check(on_megatron_ranks, tmp_path, "swiglu", from_class, to_class, 2, 4, separate=True)
+
+
+@pytest.mark.parametrize("activation", LAYERS)
+@pytest.mark.parametrize(("from_class", "to_class"), CLASSES[:2])
+def test_a_whole_model_survives(on_megatron_ranks, tmp_path, activation, from_class, to_class):
+    case, folder = Training(LAYERS[activation]), str(tmp_path)
+    expected = on_megatron_ranks((2, 2), "megatron_checkpoint_cases.model_saved", from_class, case, folder)[0]
+    for before, after in on_megatron_ranks((4, 1), "megatron_checkpoint_cases.model_loaded", to_class, case, folder):
+        assert abs(before - expected) > 1e-3
+        assert abs(after - expected) < 1e-5
 
 
 def test_gate_and_up_cut_as_one_are_noticed(on_megatron_ranks, tmp_path):

@@ -18,6 +18,7 @@ BOTH = ("linear_fc1.weight", "linear_fc2.weight")
     "function",
     [
         "is_built_in_every_form",
+        "begins_as_megatrons_on_a_gpu",
         "refuses",
         "ignores_what_is_for_experts",
         "keeps_what_save_says",
