@@ -127,7 +127,8 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
 
 def variants(arch: str, kernel: str, everything: bool):
     """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM. Where it is
-    enforced also the first row and the odd one, in two ways, with every activation, unless IEEE; the first in fp16.
+    enforced also the first row and the odd one with every activation, unless IEEE; the latter with the heaviest odd in
+    two ways; the first in fp16.
     everything: every row with every activation in bf16 and fp32, and with the heaviest in fp16, and odd in every way.
     """
     activations = activations_of(kernel)
@@ -143,6 +144,7 @@ def variants(arch: str, kernel: str, everything: bool):
                 heavy = activation in heaviest
                 outputs = dict.fromkeys((dtype, *(OUTPUTS.get(kernel, ()) if heavy or everything else ())))
                 patterns = [*ODD] if everything and heavy and arch in ENFORCED else [*ODD][:2]
+                patterns = patterns if everything or activation == heaviest[0] else ["none"]
                 chosen = heavy and (first or everything) if dtype == "fp16" else heavy or extreme or everything
                 forms = forms_of(arch, kernel, everything, heavy) if chosen else ()
                 for output, known, form in product(outputs, ("all",) if aligned else patterns, forms):

@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
+import functools
 import os
 
 # Of the interpreter's products; before the first import of numpy. Workers and ranks share the cores.
@@ -92,16 +93,16 @@ def ranks_of():
         p.close()
 
 
-@pytest.fixture(scope="module")
-def on_megatron_ranks(ranks_of):
-    """Return a function: (tp, dp), "module.function", arguments → what each of tp · dp ranks returned from it."""
+@pytest.fixture(scope="session")
+def on_megatron_ranks():
+    """Return a function: tp, "module.function", arguments → what each of four ranks returned from it.
+
+    One pool for all modules: its ranks take seconds to import megatron-core.
+    """
     pytest.importorskip("megatron.core")
-
-    def run(layout: tuple[int, int], function: str, *args) -> list:
-        tp, dp = layout
-        return on_ranks(ranks_of(tp * dp), tp, function, *args)
-
-    return run
+    pool = Ranks(4)
+    yield functools.partial(on_ranks, pool)
+    pool.close()
 
 
 @pytest.fixture(scope="module")

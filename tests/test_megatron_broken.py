@@ -8,7 +8,7 @@ pytestmark = pytest.mark.cpu_only
 EQUAL, TRAINS = "megatron_cases.equals_megatrons", "megatron_training_cases.trains_as_megatrons"
 SWITCH = "megatron_cases.follows_the_switch"
 SP = Layer(sequence_parallel=True)
-# (broken class, comparison, its case, what is off). On 2 x 2 ranks, tensor-parallel by data-parallel.
+# (broken class, comparison, its case, what is off). On two pairs of tensor-parallel ranks.
 MISTAKES = [
     ("DxNotReduced", EQUAL, Layer(), r"Error: dx: Frobenius error"),
     ("ErfUnderFusion", EQUAL, Layer("gelu", fused=True), r"Error: y: Frobenius error"),
@@ -33,11 +33,11 @@ MISTAKES = [
 @pytest.mark.parametrize(("name", "comparison", "case", "message"), MISTAKES)
 def test_a_mistake_is_noticed(on_megatron_ranks, name, comparison, case, message):
     with pytest.raises(RankError, match=message):
-        on_megatron_ranks((2, 2), comparison, name, case)
+        on_megatron_ranks(2, comparison, name, case)
 
 
 @pytest.mark.parametrize(
     ("comparison", "case"), dict.fromkeys((comparison, case) for _, comparison, case, _ in MISTAKES)
 )
 def test_without_a_mistake_they_pass(on_megatron_ranks, comparison, case):
-    on_megatron_ranks((2, 2), comparison, "FusedMLP", case)
+    on_megatron_ranks(2, comparison, "FusedMLP", case)

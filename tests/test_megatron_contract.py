@@ -28,21 +28,21 @@ BOTH = ("linear_fc1.weight", "linear_fc2.weight")
     ],
 )
 def test_it(on_megatron_ranks, function):
-    on_megatron_ranks((4, 1), f"megatron_contract_cases.{function}")
+    on_megatron_ranks(4, f"megatron_contract_cases.{function}")
 
 
 @pytest.mark.parametrize("need_x", [True, False])
 @pytest.mark.parametrize("frozen", [BOTH[:1], BOTH[1:], BOTH, ("linear_fc2.bias",)])
 @pytest.mark.parametrize("layer", [Layer(), SWIGLU._replace(sequence_parallel=True)], ids=str)
 def test_frozen_parameters_get_no_gradient(on_megatron_ranks, layer, frozen, need_x):
-    on_megatron_ranks((2, 2), "megatron_contract_cases.trains_what_is_not_frozen", frozen, need_x, layer)
+    on_megatron_ranks(2, "megatron_contract_cases.trains_what_is_not_frozen", frozen, need_x, layer)
 
 
 @pytest.mark.parametrize("frozen", [(), BOTH[:1]])
 @pytest.mark.parametrize("main_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layer", [SWIGLU, Layer(dtype="bfloat16", sequence_parallel=True)], ids=str)
 def test_weight_gradients_are_added_to_main_grads(on_megatron_ranks, layer, main_dtype, frozen):
-    on_megatron_ranks((2, 2), "megatron_contract_cases.adds_to_main_grads", layer, main_dtype, frozen)
+    on_megatron_ranks(2, "megatron_contract_cases.adds_to_main_grads", layer, main_dtype, frozen)
 
 
 def python(code: str) -> subprocess.CompletedProcess:
