@@ -53,11 +53,8 @@ def start_parallelism(args: argparse.Namespace) -> None:
 
 
 def configuration(args: argparse.Namespace, fused: bool) -> TransformerConfig:
-    """Return the model's configuration: the same for both MLPs, but for recompute_modules=["mlp"].
-
-    Megatron's own MLP returns its bias itself. Checkpointed by itself, alone, it recurses in backward until the memory
-    is full.
-    """
+    """Return the model's configuration: the same for both MLPs, but for recompute_modules=["mlp"], which Megatron's own
+    cannot take."""
     function, gated, fusion = args.activation_options
     recompute: dict[str, Any] = {}
     if args.recompute == "full":

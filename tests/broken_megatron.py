@@ -96,7 +96,7 @@ class HooksBypassed(FusedMLP):
 class SequenceParallelFrozen(FusedMLP):
     """sequence_parallel as it was when the model was built."""
 
-    def _sequence_parallel(self) -> bool:
+    def _sequence_parallel(self, group: Any) -> bool:
         return self.config.sequence_parallel
 
 

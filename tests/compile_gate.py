@@ -127,8 +127,8 @@ def forms_of(arch: str, kernel: str, everything: bool, heavy: bool) -> list[tupl
 
 def variants(arch: str, kernel: str, everything: bool):
     """Yield Variants: every row with the heaviest activations, in bf16 or fp32, and every output of a GEMM. Where it is
-    enforced also the first row and the odd one with every activation, unless IEEE; the latter with the heaviest odd in
-    two ways; the first in fp16.
+    enforced also the first row and the odd one with every activation, unless IEEE; the latter with the heaviest, and
+    all options, odd in two ways; the first in fp16.
     everything: every row with every activation in bf16 and fp32, and with the heaviest in fp16, and odd in every way.
     """
     activations = activations_of(kernel)
@@ -148,7 +148,9 @@ def variants(arch: str, kernel: str, everything: bool):
                 chosen = heavy and (first or everything) if dtype == "fp16" else heavy or extreme or everything
                 forms = forms_of(arch, kernel, everything, heavy) if chosen else ()
                 for output, known, form in product(outputs, ("all",) if aligned else patterns, forms):
-                    yield Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
+                    variant = Variant(arch, kernel, config, arithmetic, dtype, activation, known, output, form)
+                    if everything or known != "rows odd" or (output, form) == (dtype, OPTIONS.get(kernel, ())):
+                        yield variant
 
 
 def stands_for_its_row(variant: Variant) -> bool:

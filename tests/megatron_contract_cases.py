@@ -11,18 +11,18 @@ from typing import Any
 import megatron.core
 import torch
 import torch.distributed as dist
+from gpt_from_megatron import NormOnSlices
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_cases import LINEARS, build, config_of, draw_input, results, same_parameters
-from megatron_ranks import FFN, HIDDEN, Layer
-from megatron_training_cases import Norm
+from megatron_ranks import BATCH, FFN, HIDDEN, SEQUENCE, Layer
 from torch import nn
 
 from tpffn_triton.megatron import FusedMLP, fused_mlp_spec, replace_mlp
@@ -64,9 +64,39 @@ def is_built_in_every_form() -> None:
     for args, kwargs, size in forms:
         mlp = FusedMLP(config, *args, **kwargs)
         assert mlp.linear_fc1.weight.shape == (FFN // size, HIDDEN), f"{args} {kwargs}"
-        assert mlp.tp_group.size() == size
         x, _ = draw_input(config)
         assert mlp(x)[0].shape == x.shape
+
+
+def takes_the_models_group() -> None:
+    """A model may have other groups than parallel_state; up to 0.17 its layers do not hand theirs on."""
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    pair = pairs[dist.get_rank() // 2]
+    config = config_of(Layer(), tensor_model_parallel_size=2)
+    with warned("parallel_state's tensor-parallel group, of 4 ranks, .*tensor_model_parallel_size=2"):
+        assert FusedMLP(config).linear_fc1.weight.shape == (FFN // 4, HIDDEN)
+    spec = replace_mlp(get_gpt_layer_local_spec(), tp_group=pair)
+    mlp = build_module(spec.submodules.mlp, config=config)
+    torch.manual_seed(dist.get_rank() // 2)  # each pair has an input of its own
+    x = torch.randn(SEQUENCE, BATCH, HIDDEN)
+    theirs = MLP(config, LINEARS, ffn_hidden_size=FFN, tp_group=pair)
+    theirs.load_state_dict(mlp.state_dict())
+    torch.testing.assert_close(mlp(x)[0], theirs(x)[0])
+
+
+def says_what_it_ignores() -> None:
+    """Of keywords that no version of a layer passes: likely typos of our own."""
+    with warned("ignores forward_chunk$"):
+        FusedMLP(config_of(Layer()), forward_chunk=4)
+
+
+@contextlib.contextmanager
+def warned(pattern: str) -> Iterator[None]:
+    """Require a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert any(re.search(pattern, str(w.message)) for w in caught), [str(w.message) for w in caught]
 
 
 def begins_as_megatrons_on_a_gpu() -> None:
@@ -79,6 +109,8 @@ def begins_as_megatrons_on_a_gpu() -> None:
 def refuses() -> None:
     """What would change results or be lost is refused by name."""
     config = config_of(Layer())
+    with refused(TypeError, "config must be a TransformerConfig, got dict"):
+        FusedMLP(vars(config))
     with refused(ValueError, "is_expert=True"):
         FusedMLP(config, LINEARS, True)
     with refused(ValueError, f"input_size={HIDDEN}, as in its config; got 32"):
@@ -224,19 +256,20 @@ def replaces_the_mlp_of_a_layer() -> None:
 def replaces_the_mlps_of_a_block() -> None:
     """All dense layers; mixtures of experts stay, and alone are refused."""
     dense, mixture = get_gpt_layer_local_spec(), get_gpt_layer_local_spec(num_experts=2)
-    block = TransformerBlockSubmodules(layer_specs=[dense, mixture, dense], layer_norm=Norm)
+    block = TransformerBlockSubmodules(layer_specs=[dense, mixture, dense], layer_norm=NormOnSlices)
     replaced = replace_mlp(block)
     mlps = [getattr(spec.submodules.mlp, "module", None) for spec in replaced.layer_specs]
     assert [mlp is FusedMLP for mlp in mlps] == [True, False, True]
     assert replaced.layer_specs[1] is mixture
-    assert replaced.layer_norm is Norm
+    assert replaced.layer_norm is NormOnSlices
     assert block.layer_specs[0].submodules.mlp is dense.submodules.mlp
     with refused(ValueError, "MoELayer"):
         replace_mlp(mixture)
     with refused(ValueError, "no layer of this block has an MLP to replace: .*MoELayer"):
-        replace_mlp(TransformerBlockSubmodules(layer_specs=[mixture], layer_norm=Norm))
-    with refused(ValueError, "mlp is None"):
-        replace_mlp(ModuleSpec(module=TransformerLayer))
+        replace_mlp(TransformerBlockSubmodules(layer_specs=[mixture], layer_norm=NormOnSlices))
+    for nothing in (ModuleSpec(module=TransformerLayer), dense.submodules, None):
+        with refused(TypeError, "replace_mlp takes a layer's ModuleSpec or TransformerBlockSubmodules, got"):
+            replace_mlp(nothing)
 
 
 def brings_the_norm_back() -> None:
@@ -258,9 +291,17 @@ def brings_the_norm_back() -> None:
     assert submodules.pre_mlp_layernorm is transformer_engine.TENorm
     for name, value in before.items():
         assert submodules.sharded_state_dict_keys_map[name] == value
+    # Linears without a norm, or from both: nothing is lost.
+    for linears in (
+        MLPSubmodules(transformer_engine.TEColumnParallelLinear, linear_fc2=transformer_engine.TERowParallelLinear),
+        MLPSubmodules(transformer_engine.TEColumnParallelLinear, linear_fc2=RowParallelLinear),
+    ):
+        local = get_gpt_layer_local_spec()
+        local.submodules.mlp.submodules = linears
+        assert replace_mlp(local).submodules.pre_mlp_layernorm is local.submodules.pre_mlp_layernorm
     # What can be built without it: another norm, and attention of the local spec.
     local = get_gpt_layer_local_spec().submodules
-    submodules.pre_mlp_layernorm = submodules.input_layernorm = Norm
+    submodules.pre_mlp_layernorm = submodules.input_layernorm = NormOnSlices
     submodules.self_attention = local.self_attention
     config = config_of(Layer())
     layer = TransformerLayer(config, submodules)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from gpt_from_megatron import NormOnSlices
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -20,10 +22,11 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron_cases import class_of, config_of
-from megatron_ranks import BATCH, SEQUENCE, VOCABULARY, Training
+from megatron_ranks import BATCH, SEQUENCE, VOCABULARY, Layer, Training
 from torch import Tensor, nn
 
-from tpffn_triton.megatron import replace_mlp
+from tpffn_triton import reduce_replicated_grads
+from tpffn_triton.megatron import FusedMLP, replace_mlp
 
 STEPS = 4
 # Of Transformer Engine; recomputation of norms asks for them, and does nothing with them without fp8.
@@ -39,15 +42,6 @@ for _name, _stub in STUBS.items():
 distrib_optimizer.quantize_param_shard = lambda *_: None
 
 
-class Norm(nn.LayerNorm):
-    """A norm whose gradients Megatron sums under sequence parallelism; its own, without APEX, refuses that."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        for p in self.parameters():
-            p.sequence_parallel = config.sequence_parallel
-
-
 def model_of(case: Training, cls: type) -> tuple[Any, Any]:
     """Return (config, GPTModel) whose MLPs are of a class; the same initial weights for each."""
     options: dict[str, Any] = {}
@@ -58,8 +52,8 @@ def model_of(case: Training, cls: type) -> tuple[Any, Any]:
         options = {"recompute_granularity": "selective", "recompute_modules": [case.recompute]}
     config = config_of(case.layer, **options)
     layer = get_gpt_layer_local_spec()
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    spec = TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = NormOnSlices
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=NormOnSlices)
     if cls is not MLP:
         spec = replace_mlp(spec)
         for layer in spec.layer_specs:
@@ -131,6 +125,22 @@ def train(case: Training, cls: type) -> tuple[list[float], dict[str, Tensor]]:
         if step < STEPS:
             optimizer.step()
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def sums_replicated_gradients() -> None:
+    """Without finalize_model_grads, as docs/megatron.md says."""
+    config, model = model_of(Training(Layer(sequence_parallel=True)), FusedMLP)
+    group = parallel_state.get_tensor_model_parallel_group()
+    tokens = torch.arange(SEQUENCE)[None]
+    model(tokens, tokens, torch.ones(SEQUENCE, SEQUENCE).triu(1).bool()[None, None], labels=tokens).mean().backward()
+    marked = {name: p for name, p in model.named_parameters() if getattr(p, "sequence_parallel", False)}
+    assert len(marked) == config.num_layers * (1 + 1 + 4) + 2, [*marked]
+    expected = {name: p.grad.clone() for name, p in marked.items()}
+    for grad in expected.values():
+        dist.all_reduce(grad, group=group)
+    reduce_replicated_grads(model, tp_group=group)
+    for name, p in marked.items():
+        torch.testing.assert_close(p.grad, expected[name])
 
 
 def trains_as_megatrons(name: str, case: Training) -> list[float]:

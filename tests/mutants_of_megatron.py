@@ -17,8 +17,8 @@ MUTANTS = {
         ),
         (
             "Megatron's group not passed on",
-            "tp_group=self.tp_group,\n            seq",
-            "tp_group=None,\n            seq",
+            "tp_group=group,",
+            "tp_group=None,",
             EQUAL,
         ),
         (
@@ -29,7 +29,7 @@ MUTANTS = {
         ),
         (
             "sequence_parallel of the config",
-            "sequence_parallel=self._sequence_parallel(),",
+            "sequence_parallel=self._sequence_parallel(group),",
             "sequence_parallel=self.config.sequence_parallel,",
             "test_megatron_mlp.py -k switched",
         ),
@@ -40,13 +40,20 @@ MUTANTS = {
             'save="pre_act",\n            grad',
             CONTRACT.format("keeps_what"),
         ),
-        ("tp_group overruled", "if tp_group is None:\n", "if is_expert is False:\n", CONTRACT.format("every_form")),
+        ("tp_group overruled", "tp_group = tp_group or ", "tp_group = ", CONTRACT.format("every_form")),
         (
             "pg_collection ignored",
-            'getattr(kwargs.get("pg_collection"), "tp", None) or _default_group()',
-            "_default_group()",
+            'getattr(kwargs.get("pg_collection"), "tp", None) or _default_group(config)',
+            "_default_group(config)",
             CONTRACT.format("every_form"),
         ),
+        (
+            "another group unseen",
+            "group.size() != config.tensor_model_parallel_size",
+            "group.size() == 0",
+            CONTRACT.format("models_group"),
+        ),
+        ("a typo unseen", "if unknown := kwargs.keys()", "if unknown := set()", CONTRACT.format("ignores")),
         ("an expert", "if is_expert:\n", "if is_expert is None:\n", CONTRACT.format("refuses")),
         ("another size", "if given not in (None, own):", "if given == 0:", CONTRACT.format("refuses")),
         (
@@ -57,7 +64,7 @@ MUTANTS = {
         ),
         (
             "linears lost",
-            "if given not in (None, own, held):",
+            "if given not in (None, own, held, *others):",
             "if given is False:",
             CONTRACT.format("refuses"),
         ),
@@ -69,14 +76,14 @@ MUTANTS = {
         ),
         (
             "main_grads of any dtype",
-            'if kinds <= {"torch.float32"}:',
-            "if kinds:",
+            "found != torch.float32",
+            "found is None",
             CONTRACT.format("main_grads"),
         ),
         (
             "main_grad of a frozen weight",
-            "[w for w in weights if w.requires_grad]",
-            "[*weights]",
+            "if weight.requires_grad and found",
+            "if found",
             CONTRACT.format("main_grads"),
         ),
         (
@@ -117,7 +124,7 @@ MUTANTS = {
         ("erf under bias_activation_fusion", 'name = "gelu_tanh" if', 'name = "gelu" if', OPTIONS.format("fused_gelu")),
         ("erf and tanh alike", "rtol=1e-8, atol=1e-8", "rtol=1e-3, atol=1e-3", OPTIONS.format("by_its_values")),
         ("plain where gated", "return _GATED[name] if gated else name", "return name", OPTIONS.format("gated")),
-        ("an option forgotten", '"cpu_offloading", ', "", OPTIONS.format("by_name")),
+        ("an option forgotten", '    "cpu_offloading",\n', "", OPTIONS.format("by_name")),
         (
             "gated options of plain MLPs",
             "if config.gated_linear_unit else ()",

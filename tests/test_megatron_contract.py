@@ -20,6 +20,8 @@ BOTH = ("linear_fc1.weight", "linear_fc2.weight")
         "is_built_in_every_form",
         "begins_as_megatrons_on_a_gpu",
         "refuses",
+        "takes_the_models_group",
+        "says_what_it_ignores",
         "ignores_what_is_for_experts",
         "keeps_what_save_says",
         "replaces_the_mlp_of_a_layer",

@@ -95,6 +95,7 @@ def test_naming_draws_no_random_numbers_and_builds_no_graph():
         ("use_te_activation_func", True),
         ("activation_func_fp8_input_store", True),
         ("use_kitchen", True),
+        ("batch_invariant_mode", True),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True])

@@ -28,6 +28,10 @@ RUNS = [
 ]
 
 
+def test_replicated_gradients_are_summed_without_megatrons_training_loop(on_megatron_ranks):
+    on_megatron_ranks(2, "megatron_training_cases.sums_replicated_gradients")
+
+
 @pytest.mark.parametrize(
     ("tp", "sequence_parallel", "case"),
     RUNS,

@@ -23,6 +23,20 @@ names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/co
 print(f"{names.count('pt_gloo_runloop')} threads of gloo left")
 """
 
+# In one process: most of each would be the import of torch.
+HELP_OF_EACH = """
+import runpy, sys
+from pathlib import Path
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (script, end.code)
+    print("\f")
+"""
+
 
 def run(*command) -> str:
     """Run a command in the checkout with compiled kernels; return its output."""
@@ -59,8 +73,9 @@ def test_commands_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     commands = re.findall(r"^    .*?((?:bench|tests|examples)/\w+\.py)(.*)$", README, re.MULTILINE)
     assert len(commands) > 5
-    for script in {script for script, _ in commands}:
-        known = run(sys.executable, script, "--help")
+    scripts = sorted({script for script, _ in commands})
+    for script, known in zip(scripts, run(sys.executable, "-c", HELP_OF_EACH, *scripts).split("\f"), strict=False):
+        assert script.rpartition("/")[2] in known
         for flag in re.findall(r"--[\w-]+", " ".join(flags for other, flags in commands if other == script)):
             assert flag in known, (script, flag)
     for link in re.findall(r"\]\(([^)#]+)\)", README):

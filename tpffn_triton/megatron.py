@@ -9,6 +9,10 @@ Importing this module imports megatron-core; importing tpffn_triton does not.
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from tpffn_triton.machines import Machine
+
 # First: where megatron-core is missing, its error says what to install.
 from tpffn_triton.megatron_mlp import FusedMLP, check_linears
 
@@ -23,25 +27,34 @@ except ImportError:  # some versions, where Transformer Engine is missing
     transformer_engine = None
 
 __all__ = ["FusedMLP", "fused_mlp_spec", "replace_mlp"]
+# Transformer Engine's; the first begins with the layer's norm.
+NORM_AND_LINEAR, *LINEARS = (
+    getattr(transformer_engine, name, None)
+    for name in ("TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "TERowParallelLinear")
+)
 
 
 def fused_mlp_spec(
-    submodules: "MLPSubmodules | None" = None,
+    submodules: MLPSubmodules | None = None,
     *,
+    tp_group: "torch.distributed.ProcessGroup | None" = None,
     save: str = "pre_act",
-    reduce_dtype: Any = None,
-    forward_chunks: Any = 1,
+    reduce_dtype: torch.dtype | None = None,
+    forward_chunks: int | Machine = 1,
 ) -> ModuleSpec:
     """Return the spec of a FusedMLP, for `mlp` of a layer's submodules.
 
     submodules    of the MLP that it takes the place of; only checked
+    tp_group      of a model whose tensor-parallel group is not parallel_state's
     save, reduce_dtype, forward_chunks
                   as in `tpffn_triton.ffn`
 
     Raises: ValueError: submodules whose work would be lost.
     """
     check_linears(submodules)
-    params = {"save": save, "reduce_dtype": reduce_dtype, "forward_chunks": forward_chunks}
+    params: dict[str, Any] = {"save": save, "reduce_dtype": reduce_dtype, "forward_chunks": forward_chunks}
+    if tp_group is not None:
+        params["tp_group"] = tp_group
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(module=FusedMLP, params=params, submodules=linears)
 
@@ -56,22 +69,24 @@ def replace_mlp(spec: Any, **options: Any) -> Any:
     Transformer Engine's linear_fc1 begins with the layer's norm. It comes back as a module of its own,
     `pre_mlp_layernorm`, which distributed checkpoints know by its old name, `mlp.linear_fc1.layer_norm_weight`.
 
-    Raises: ValueError: nothing to replace, or linears whose work would be lost; says what is there.
+    Raises: TypeError: not such a spec. ValueError: nothing to replace, or linears whose work would be lost; says what
+    is there.
     """
     if hasattr(spec, "layer_specs"):
         layers = spec.layer_specs
         if not any(map(_has_mlp, layers)):
             raise ValueError(f"no layer of this block has an MLP to replace: {[_name(_mlp_of(s)[0]) for s in layers]}")
         return replace(spec, layer_specs=[replace_mlp(s, **options) if _has_mlp(s) else s for s in layers])
+    if not hasattr(getattr(spec, "submodules", None), "mlp"):
+        raise TypeError(f"replace_mlp takes a layer's ModuleSpec or TransformerBlockSubmodules, got {_name(spec)}")
     if not _has_mlp(spec):
         raise ValueError(f"there is no MLP to replace: mlp is {_name(_mlp_of(spec)[0])}")
     before, (_, linears) = spec.submodules, _mlp_of(spec)
     changes: dict[str, Any] = {"mlp": fused_mlp_spec(**options)}
-    if linears and transformer_engine and linears.linear_fc1 is transformer_engine.TELayerNormColumnParallelLinear:
+    check_linears(linears, (NORM_AND_LINEAR, *LINEARS))
+    if NORM_AND_LINEAR is not None and getattr(linears, "linear_fc1", None) is NORM_AND_LINEAR:
         names = {**before.sharded_state_dict_keys_map, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         changes |= {"pre_mlp_layernorm": transformer_engine.TENorm, "sharded_state_dict_keys_map": names}
-        linears = None if linears.linear_fc2 is transformer_engine.TERowParallelLinear else linears
-    check_linears(linears)
     return replace(spec, submodules=replace(before, **changes))
 
 

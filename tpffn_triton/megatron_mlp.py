@@ -23,6 +23,7 @@ try:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import utils as transformer_utils
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
 except ModuleNotFoundError as error:
     raise ImportError(
         f"tpffn_triton.megatron needs megatron-core, 0.12 or later ({error}): pip install 'tpffn-triton[megatron]'"
@@ -32,6 +33,9 @@ from tpffn_triton.functional import ffn
 from tpffn_triton.machines import Machine
 from tpffn_triton.megatron_options import activation_of, check_options
 from tpffn_triton.validation import check_memory, check_modes
+
+# What some version of TransformerLayer passes to an MLP.
+KNOWN_ELSEWHERE = {"name", "pg_collection", "is_mtp_layer"}
 
 
 class _HandsOutWeights(nn.Module):
@@ -73,19 +77,21 @@ class FusedMLP(MLP):
 
     config        TransformerConfig; read are add_bias_linear, gated_linear_unit, activation_func,
                   bias_activation_fusion (with which gelu is tanh), sequence_parallel, gradient_accumulation_fusion
+                  The activation is settled here; sequence_parallel is read on each call.
     submodules    None, or MLPSubmodules of ColumnParallelLinear and RowParallelLinear, whose parameters these hold
     tp_group      default: pg_collection.tp, else parallel_state's tensor-parallel group
     save, reduce_dtype, forward_chunks
                   as in `tpffn_triton.ffn`
     kwargs        what a version of TransformerLayer passes beside these: for the installed MLP, else ignored
 
-    Raises: ValueError: an option that is not honoured, by name; sizes that do not make an FFN from H to H.
+    Raises: TypeError: config is not one. ValueError: an option that is not honoured, by name; sizes that do not make an
+    FFN from H to H.
     """
 
     def __init__(
         self,
         config: Any,
-        submodules: "MLPSubmodules | None" = None,
+        submodules: MLPSubmodules | None = None,
         is_expert: bool = False,
         input_size: int | None = None,
         ffn_hidden_size: int | None = None,
@@ -96,6 +102,8 @@ class FusedMLP(MLP):
         forward_chunks: int | Machine = 1,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(config, TransformerConfig):
+            raise TypeError(f"config must be a TransformerConfig, got {type(config).__name__}")
         check_options(config)
         check_linears(submodules)
         if is_expert:
@@ -109,15 +117,15 @@ class FusedMLP(MLP):
                 raise ValueError(f"FusedMLP has {name}={own}, as in its config; got {given}")
         activation = activation_of(config)
         check_modes(activation, save, config.sequence_parallel, reduce_dtype, forward_chunks)
-        if tp_group is None:
-            tp_group = getattr(kwargs.get("pg_collection"), "tp", None) or _default_group()
-        kwargs |= {"ffn_hidden_size": config.ffn_hidden_size, "tp_group": tp_group}
         known = inspect.signature(MLP.__init__).parameters
+        if unknown := kwargs.keys() - known.keys() - KNOWN_ELSEWHERE:
+            warnings.warn(f"FusedMLP ignores {', '.join(sorted(unknown))}", stacklevel=2)
+        tp_group = tp_group or getattr(kwargs.get("pg_collection"), "tp", None) or _default_group(config)
         if "tp_group" not in known and tp_group is not _default_group():
             raise ValueError("this version of megatron-core has one tensor-parallel group, parallel_state's")
+        kwargs |= {"ffn_hidden_size": config.ffn_hidden_size, "tp_group": tp_group}
         own_submodules = MLPSubmodules(linear_fc1=ColumnParallelShard, linear_fc2=RowParallelShard)
         super().__init__(config, own_submodules, **{name: kwargs[name] for name in known if name in kwargs})
-        self.tp_group = tp_group
         self.activation, self.save = activation, save
         self.reduce_dtype, self.forward_chunks = reduce_dtype, forward_chunks
 
@@ -137,43 +145,45 @@ class FusedMLP(MLP):
         w2, b2 = self.linear_fc2()
         if not torch.compiler.is_compiling():
             check_memory(w1, w2)
+        group = getattr(self.linear_fc1, "tp_group", None) or _default_group()  # before 0.13 there is one
         output = ffn(
             hidden_states,
             w1,
             w2,
             b1,
             activation=self.activation,
-            tp_group=self.tp_group,
-            sequence_parallel=self._sequence_parallel(),
+            tp_group=group,
+            sequence_parallel=self._sequence_parallel(group),
             save=self.save,
-            gradient_accumulation_fusion=self._adds_to_main_grads(w1, w2),
+            gradient_accumulation_fusion=self._adds_to_main_grads(),
             reduce_dtype=self.reduce_dtype,
             forward_chunks=self.forward_chunks,
         )
         # A view: Megatron's checkpoint would make the parameter itself its own output, and recurse in backward.
         return output, None if b2 is None else b2.view_as(b2)
 
-    def _sequence_parallel(self) -> bool:
+    def _sequence_parallel(self, group: Any) -> bool:
         """Read it on each call: inference switches it off on the linears. Over one rank linear_fc1 has it off."""
         fc1, fc2 = self.linear_fc1.sequence_parallel, self.linear_fc2.sequence_parallel
-        if fc1 != fc2 and self.tp_group is not None and self.tp_group.size() > 1:
+        if fc1 != fc2 and group is not None and group.size() > 1:
             raise ValueError(f"sequence_parallel must be one for both: linear_fc1 {fc1}, linear_fc2 {fc2}")
         return fc1
 
-    def _adds_to_main_grads(self, *weights: Any) -> bool:
+    def _adds_to_main_grads(self) -> bool:
         """Say whether backward is to add weight gradients to fp32 `main_grad`s. Megatron adds those it returns."""
         if not (self.config.gradient_accumulation_fusion and torch.is_grad_enabled()):
             return False
-        trained = [w for w in weights if w.requires_grad]
-        kinds = {str(getattr(getattr(w, "main_grad", None), "dtype", None)) for w in trained}
-        if kinds <= {"torch.float32"}:
-            return True
-        warnings.warn(
-            f"gradient_accumulation_fusion adds to main_grad in torch.float32; {', '.join(sorted(kinds))} is left to "
-            "Megatron's DistributedDataParallel",
-            stacklevel=3,
-        )
-        return False
+        for name in ("linear_fc1", "linear_fc2"):
+            weight = getattr(self, name).weight
+            found = getattr(getattr(weight, "main_grad", None), "dtype", None)
+            if weight.requires_grad and found != torch.float32:
+                warnings.warn(
+                    "gradient_accumulation_fusion needs a main_grad in torch.float32 of each weight, "
+                    f"{name}.weight's is {found}: weight gradients are returned, for Megatron to add",
+                    stacklevel=3,
+                )
+                return False
+        return True
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
         """Return Megatron's own: fc1 cut along axis 0, gate and up rows apart, fc2's weight along axis 1."""
@@ -198,10 +208,10 @@ class FusedMLP(MLP):
         )
 
 
-def check_linears(submodules: Any) -> None:
-    """Check that the linears which FusedMLP's are in the place of are Megatron's own, or absent.
+def check_linears(submodules: Any, others: tuple = ()) -> None:
+    """Check that the linears which FusedMLP's are in the place of are absent, Megatron's own, or among others.
 
-    Raises: ValueError: others, such as Transformer Engine's with a norm inside, whose work would be lost.
+    Raises: ValueError: some whose work would be lost, such as Transformer Engine's with a norm inside.
     """
     for name, own, held in (
         ("linear_fc1", ColumnParallelLinear, ColumnParallelShard),
@@ -209,12 +219,20 @@ def check_linears(submodules: Any) -> None:
     ):
         given = getattr(submodules, name, None)
         given = getattr(given, "module", given)  # of a ModuleSpec
-        if given not in (None, own, held):
-            raise ValueError(
-                f"FusedMLP takes the place of {own.__name__} as {name}, not of {getattr(given, '__name__', given)}; "
-                "replace_mlp(spec) takes specs of Transformer Engine"
-            )
+        if given not in (None, own, held, *others):
+            shown = getattr(given, "__name__", given)
+            hint = "" if others else "; replace_mlp(spec) takes specs of Transformer Engine"
+            raise ValueError(f"FusedMLP takes the place of {own.__name__} as {name}, not of {shown}{hint}")
 
 
-def _default_group() -> "torch.distributed.ProcessGroup | None":
-    return parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+def _default_group(config: Any = None) -> "torch.distributed.ProcessGroup | None":
+    """Return parallel_state's group; warn where its size is not the config's: a model may have groups of its own, and
+    up to 0.17 no layer hands them on."""
+    group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if config is not None and group is not None and group.size() != config.tensor_model_parallel_size:
+        warnings.warn(
+            f"FusedMLP takes parallel_state's tensor-parallel group, of {group.size()} ranks, in a model with "
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size}: give replace_mlp a tp_group for another",
+            stacklevel=3,
+        )
+    return group

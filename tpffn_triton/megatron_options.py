@@ -12,8 +12,16 @@ from torch import Tensor
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from tpffn_triton.reference import ACTIVATIONS
 
-# Options that change what an MLP computes; those of the second line act on gated MLPs alone. Older versions lack some.
-_REFUSED = ("fp8", "fp4", "cpu_offloading", "use_te_activation_func", "activation_func_fp8_input_store", "use_kitchen")
+# Options that change how an MLP computes; those of the second list act on gated MLPs alone. Older versions lack some.
+_REFUSED = (
+    "fp8",
+    "fp4",
+    "cpu_offloading",
+    "use_te_activation_func",
+    "activation_func_fp8_input_store",
+    "use_kitchen",
+    "batch_invariant_mode",
+)
 _REFUSED_WHERE_GATED = ("glu_linear_offset", "activation_func_clamp_value")
 _GATED = {plain: gated for gated, plain in GATED_ACTIVATIONS.items()}
 

@@ -163,7 +163,7 @@ def check_memory(w1: Tensor, w2: Tensor) -> None:
         if weight.numel() and not weight.untyped_storage().size():
             raise ValueError(
                 f"the memory of {name}.weight {list(weight.shape)} was freed before its use: apply FSDP to the "
-                f"TensorParallelFFN or to a module around it, or to {name} with reshard_after_forward=False"
+                f"module that it is in or to one around that, or to {name} with reshard_after_forward=False"
             )
 
 
