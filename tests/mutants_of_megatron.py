@@ -13,7 +13,7 @@ MUTANTS = {
             "bias returned as the parameter",
             "b2.view_as(b2)",
             "b2",
-            "test_megatron_training.py -k 'P=1 and mlp'",
+            "test_megatron_training.py -k 'TP1 and mlp'",
         ),
         (
             "Megatron's group not passed on",

@@ -35,7 +35,7 @@ def test_replicated_gradients_are_summed_without_megatrons_training_loop(on_mega
 @pytest.mark.parametrize(
     ("tp", "sequence_parallel", "case"),
     RUNS,
-    ids=[f"P={tp} {'SP ' * sequence_parallel}{case}" for tp, sequence_parallel, case in RUNS],
+    ids=[f"TP{tp} {'SP ' * sequence_parallel}{case}" for tp, sequence_parallel, case in RUNS],
 )
 def test_it_trains_as_megatrons_mlp(on_megatron_ranks, tp, sequence_parallel, case):
     case = case._replace(layer=case.layer._replace(sequence_parallel=sequence_parallel))
