@@ -39,13 +39,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpffn_triton import reference
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-
-
-def squared_relu(z: Tensor) -> Tensor:
-    """Return relu(z)²; Megatron's own came with 0.14."""
-    return F.relu(z).square()
 
 
 # activation_func, gated_linear_unit, bias_activation_fusion, with which Megatron's gelu is the tanh approximation.
@@ -54,7 +51,7 @@ ACTIVATIONS: dict[str, tuple[Any, bool, bool]] = {
     "gelu_tanh": (F.gelu, False, True),
     "silu": (F.silu, False, False),
     "relu": (F.relu, False, False),
-    "relu2": (squared_relu, False, False),
+    "relu2": (reference.ACTIVATIONS["relu2"], False, False),
     "geglu": (F.gelu, True, False),
     "geglu_tanh": (F.gelu, True, True),
     "swiglu": (F.silu, True, True),

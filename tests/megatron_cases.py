@@ -18,12 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ranks import BATCH, FFN, HEADS, HIDDEN, SEQUENCE, Layer
 from rank_pool import use
 
+from tpffn_triton import reference
+
 try:
     from megatron.core.activations import squared_relu
 except ModuleNotFoundError:  # before 0.14
-
-    def squared_relu(x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x).square()
+    squared_relu = reference.ACTIVATIONS["relu2"]
 
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": squared_relu}

@@ -17,20 +17,20 @@ BOTH = ("linear_fc1.weight", "linear_fc2.weight")
 @pytest.mark.parametrize(
     "function",
     [
-        "is_built_in_every_form",
-        "begins_as_megatrons_on_a_gpu",
-        "refuses",
-        "takes_the_models_group",
-        "says_what_it_ignores",
-        "ignores_what_is_for_experts",
-        "keeps_what_save_says",
-        "replaces_the_mlp_of_a_layer",
-        "replaces_the_mlps_of_a_block",
-        "brings_the_norm_back",
+        "contract_cases.is_built_in_every_form",
+        "contract_cases.begins_as_megatrons_on_a_gpu",
+        "contract_cases.refuses",
+        "contract_cases.takes_the_models_group",
+        "contract_cases.says_what_it_ignores",
+        "contract_cases.ignores_what_is_for_experts",
+        "contract_cases.keeps_what_save_says",
+        "spec_cases.replaces_the_mlp_of_a_layer",
+        "spec_cases.replaces_the_mlps_of_a_block",
+        "spec_cases.brings_the_norm_back",
     ],
 )
 def test_it(on_megatron_ranks, function):
-    on_megatron_ranks(4, f"megatron_contract_cases.{function}")
+    on_megatron_ranks(4, f"megatron_{function}")
 
 
 @pytest.mark.parametrize("need_x", [True, False])

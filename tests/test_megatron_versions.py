@@ -42,7 +42,7 @@ def test_another_version(version, tmp_path):
             losses = run(tp, "megatron_training_cases.trains_as_megatrons", "FusedMLP", case)
             assert all(rank[-1] < rank[0] - 0.1 for rank in losses), losses
         for function in ("replaces_the_mlp_of_a_layer", "replaces_the_mlps_of_a_block"):
-            run(2, f"megatron_contract_cases.{function}")
+            run(2, f"megatron_spec_cases.{function}")
         if run(1, "megatron_checkpoint_cases.can_save")[0]:  # 0.12's writer calls an older torch
             for classes in (("MLP", "FusedMLP"), ("FusedMLP", "MLP")):
                 path = tmp_path / classes[0]

@@ -74,7 +74,9 @@ def test_commands_exist():
     commands = re.findall(r"^    .*?((?:bench|tests|examples)/\w+\.py)(.*)$", README, re.MULTILINE)
     assert len(commands) > 5
     scripts = sorted({script for script, _ in commands})
-    for script, known in zip(scripts, run(sys.executable, "-c", HELP_OF_EACH, *scripts).split("\f"), strict=False):
+    *helps, rest = run(sys.executable, "-c", HELP_OF_EACH, *scripts).split("\f")
+    assert not rest.strip()
+    for script, known in zip(scripts, helps, strict=True):
         assert script.rpartition("/")[2] in known
         for flag in re.findall(r"--[\w-]+", " ".join(flags for other, flags in commands if other == script)):
             assert flag in known, (script, flag)

@@ -120,10 +120,12 @@ class FusedMLP(MLP):
         known = inspect.signature(MLP.__init__).parameters
         if unknown := kwargs.keys() - known.keys() - KNOWN_ELSEWHERE:
             warnings.warn(f"FusedMLP ignores {', '.join(sorted(unknown))}", stacklevel=2)
-        tp_group = tp_group or getattr(kwargs.get("pg_collection"), "tp", None) or _default_group(config)
-        if "tp_group" not in known and tp_group is not _default_group():
+        given_group, default = tp_group or getattr(kwargs.get("pg_collection"), "tp", None), _default_group()
+        if given_group is None:
+            _warn_of_another_size(default, config.tensor_model_parallel_size)
+        elif "tp_group" not in known and given_group is not default:
             raise ValueError("this version of megatron-core has one tensor-parallel group, parallel_state's")
-        kwargs |= {"ffn_hidden_size": config.ffn_hidden_size, "tp_group": tp_group}
+        kwargs |= {"ffn_hidden_size": config.ffn_hidden_size, "tp_group": given_group or default}
         own_submodules = MLPSubmodules(linear_fc1=ColumnParallelShard, linear_fc2=RowParallelShard)
         super().__init__(config, own_submodules, **{name: kwargs[name] for name in known if name in kwargs})
         self.activation, self.save = activation, save
@@ -225,14 +227,15 @@ def check_linears(submodules: Any, others: tuple = ()) -> None:
             raise ValueError(f"FusedMLP takes the place of {own.__name__} as {name}, not of {shown}{hint}")
 
 
-def _default_group(config: Any = None) -> "torch.distributed.ProcessGroup | None":
-    """Return parallel_state's group; warn where its size is not the config's: a model may have groups of its own, and
-    up to 0.17 no layer hands them on."""
-    group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
-    if config is not None and group is not None and group.size() != config.tensor_model_parallel_size:
+def _default_group() -> "torch.distributed.ProcessGroup | None":
+    return parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+
+
+def _warn_of_another_size(group: Any, size: int) -> None:
+    """A model may have groups of its own, and up to 0.17 no layer hands them on."""
+    if group is not None and group.size() != size:
         warnings.warn(
             f"FusedMLP takes parallel_state's tensor-parallel group, of {group.size()} ranks, in a model with "
-            f"tensor_model_parallel_size={config.tensor_model_parallel_size}: give replace_mlp a tp_group for another",
+            f"tensor_model_parallel_size={size}: give replace_mlp a tp_group for another",
             stacklevel=3,
         )
-    return group
