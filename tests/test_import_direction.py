@@ -27,7 +27,7 @@ LAYERS = (
     ("sharding", "passes", "plan"),
     ("sweep", "plan_comparison"),
     ("plan_command",),
-    ("transforms",),
+    ("transforms", "mlp_wiring"),
     ("functional", "partitioned", "megatron_options"),
     ("module",),
     ("replicated_grads", "comparison", "explanation", "megatron_mlp"),
