@@ -1,17 +1,14 @@
 """The kernels' CPU counterparts: same names, arguments and results, through torch and oneDNN.
 
-Where Linear1's pre-activation need not be kept, oneDNN (`mkldnn._linear_pointwise`) applies the activation as it writes
-the GEMM's output, in fp32 and bf16. That op takes neither fp16 nor fp64 and records no gradient, so it appears here
-alone, behind our own autograd function. The other fp32 GEMMs go to oneDNN too, except on an Intel CPU, where MKL is as
-fast and its error smaller. Measured in fp32, 1024³ on one core of an Intel Xeon: oneDNN takes 0.97× MKL's time for
-x @ w.T, 1.08× for dy @ w, 1.28× for dy.T @ x. On AMD CPUs MKL is reported to be up to twice as slow.
+GEMMs are torch's own. In bf16, where Linear1's pre-activation need not be kept, oneDNN (`mkldnn._linear_pointwise`)
+applies the activation as it writes the GEMM's output; that op records no gradient, so it appears here alone, behind our
+own autograd function. Not in fp32: oneDNN's GEMM rounds more than MKL's, to 1.1 times its error on an Intel Xeon and
+1.6 times on an AMD EPYC (1024³), for 0.97 and 0.9 times its time.
 
 Shapes, dtypes and results: kernels/, by the same names. fp64 works here too.
 """
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,38 +31,23 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _ONEDNN = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""), "relu": ("relu", "")}
 
 
-def _onednn_takes(*dtypes_of: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _onednn_takes(*tensors: Tensor) -> bool:
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and all(t.dtype in dtypes and t.numel() > 0 for t in dtypes_of)
+        and all(t.dtype == torch.bfloat16 and t.numel() > 0 for t in tensors)
     )
-
-
-@functools.lru_cache
-def _mkl_is_fast() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text() and torch.backends.mkl.is_available()
-    except OSError:
-        return False
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _mkl_is_fast() and _onednn_takes(x, weight, dtypes=(torch.float32,)):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre_act: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return (act(x @ weight.T + bias), pre-activation or None)."""
-    fused = activation in _ONEDNN and not save_pre_act
-    if fused and _onednn_takes(x, weight, dtypes=(torch.float32, torch.bfloat16)):
+    if activation in _ONEDNN and not save_pre_act and _onednn_takes(x, weight):
         post_op, algorithm = _ONEDNN[activation]
         act = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], algorithm)
         return act, None
-    pre_act = _linear(x, weight, bias)
+    pre_act = F.linear(x, weight, bias)
     return activate(pre_act, activation), pre_act if save_pre_act else None
 
 
@@ -81,7 +63,7 @@ def linear(a: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     """Return a @ weight.T + bias, in out_dtype without rounding to a's first."""
     if out_dtype not in (None, a.dtype):
         a, weight, bias = a.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype)
-    return _linear(a, weight, bias)
+    return F.linear(a, weight, bias)
 
 
 def ffn_forward(
@@ -142,7 +124,7 @@ def dgrad(dy: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> T
 def wgrad(dy: Tensor, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """Return dy.T @ x, in out_dtype without rounding to dy's first."""
     dtype = out_dtype or dy.dtype
-    return _linear(dy.t().to(dtype), x.t().to(dtype), None)
+    return F.linear(dy.t().to(dtype), x.t().to(dtype))
 
 
 def wgrad_accumulate(dw: Tensor, dy: Tensor, x: Tensor) -> None:
