@@ -27,11 +27,11 @@ LAYERS = (
     ("sharding", "passes", "plan"),
     ("sweep", "plan_comparison"),
     ("plan_command",),
-    ("transforms", "mlp_wiring"),
-    ("functional", "partitioned", "megatron_options"),
+    ("transforms", "mlp_twins"),
+    ("functional", "partitioned", "megatron_options", "mlp_wiring"),
     ("module",),
-    ("replicated_grads", "comparison", "explanation", "megatron_mlp"),
-    ("megatron",),
+    ("replicated_grads", "comparison", "explanation", "megatron_mlp", "mlp_halves", "tensor_parallel_mlp"),
+    ("megatron", "parallel_style", "huggingface"),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

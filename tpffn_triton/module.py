@@ -6,7 +6,7 @@ linear_fc2.weight [H, F/P]   linear_fc2.bias [H]       row-parallel; the bias is
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,16 @@ from tpffn_triton.kernels.activations import halves
 from tpffn_triton.machines import Machine
 from tpffn_triton.sharding import shard_ffn
 from tpffn_triton.validation import check_activation, check_memory, check_modes, check_sizes
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def copy_but_share(module: ModuleT, memo: dict, *shared: Any) -> ModuleT:
+    """Return a deep copy of a module that shares some objects with it, for its __deepcopy__."""
+    memo |= {id(what): what for what in shared}
+    twin = memo[id(module)] = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return twin
 
 
 class LinearShard(nn.Module):
@@ -36,8 +46,8 @@ class LinearShard(nn.Module):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self) -> tuple[Tensor, Tensor | None]:
-        """Return (weight, bias)."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (weight, bias). inputs: for whatever is wrapped around it and takes what a linear takes."""
         return self.weight, self.bias
 
     def extra_repr(self) -> str:
@@ -183,8 +193,8 @@ class TensorParallelFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., H] of x [..., H]; see `tpffn_triton.ffn`."""
-        w1, b1 = self.linear_fc1()
-        w2, b2 = self.linear_fc2()
+        w1, b1 = self.linear_fc1(x)
+        w2, b2 = self.linear_fc2(x)
         # FSDP2 changes the class of what it shards.
         sharded = not (type(self.linear_fc1) is type(self.linear_fc2) is LinearShard)
         if sharded and not torch.compiler.is_compiling():
@@ -206,10 +216,7 @@ class TensorParallelFFN(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelFFN":
         """Copy everything but the process group, which the copies share."""
-        memo[id(self.tp_group)] = self.tp_group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin = copy_but_share(self, memo, self.tp_group)
         twin._mark_replicated()  # a parameter's copy has no attributes
         return twin
 

@@ -25,6 +25,13 @@ def check_modes(
     """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or other than 1 beside
     sequence_parallel. TypeError: chunks are no int and no Machine."""
     check_activation(activation)
+    check_options(save, sequence_parallel, reduce_dtype, forward_chunks)
+
+
+def check_options(
+    save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int | Machine
+) -> None:
+    """Raises: as `check_modes`, for what does not depend on the activation."""
     if save not in SAVE_MODES:
         raise ValueError(f"save {save!r} is not one of {', '.join(SAVE_MODES)}")
     if reduce_dtype not in (None, torch.float32):

@@ -1,0 +1,96 @@
+"""Find out what an MLP computes that is two modules of a layer, as in BERT and its relatives.
+
+    layer.feed_forward_chunk(x) = output(intermediate(x), x)
+    intermediate(x)     act(fc1(x))
+    output(h, x)        rest(fc2(h), x), where rest, a dropout, a residual connection and a norm, stays as it is
+
+By its values, as in mlp_wiring.py: a twin of the layer must compute the same as one in which `intermediate` is the
+whole FFN and fc2 passes on what it is given.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpffn_triton.kernels.activations import PLAIN_ACTIVATIONS
+from tpffn_triton.mlp_twins import (
+    SMALL_F,
+    check_called,
+    check_plain,
+    linears_of,
+    probe,
+    same_values,
+    sizes_of,
+    twin_of,
+    values_of,
+)
+from tpffn_triton.mlp_wiring import Wiring
+from tpffn_triton.reference import ACTIVATIONS
+
+HALVES = ("intermediate", "output")
+
+
+def has_halves(module: nn.Module) -> bool:
+    """Say whether it is a layer with the modules `intermediate` and `output`."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in HALVES)
+
+
+def wiring_of_halves(layer: Any) -> Wiring:
+    """Return how such a layer's MLP is wired: fc1 is a name in `intermediate`, fc2 one in `output`.
+
+    Raises: ValueError: it computes something else, or would lose something when its linears are no longer called: says
+    what.
+    """
+    if not hasattr(layer, "feed_forward_chunk"):
+        raise ValueError("has no method feed_forward_chunk: how its intermediate and output are called is not known")
+    fc1_name, fc1 = _only("intermediate", linears_of(layer.intermediate))
+    fc2_name, fc2 = _only("output", {n: m for n, m in layer.output.named_modules() if type(m) is nn.Linear})
+    check_called(f"output.{fc2_name}", fc2)
+    check_plain(f"output.{fc2_name}", fc2)
+    hidden_size, ffn_hidden_size = sizes_of(fc1)
+    if sizes_of(fc2) != (ffn_hidden_size, hidden_size):
+        raise ValueError(f"has linears that do not lead from H to F and back: {sizes_of(fc1)}, {sizes_of(fc2)}")
+    twin, small = _twin(layer, [(fc1, hidden_size, SMALL_F), (fc2, SMALL_F, hidden_size)])
+    x = probe(hidden_size)
+    right = values_of(twin.feed_forward_chunk, x)
+    in_training = values_of(twin.intermediate.train(), x)
+    if not same_values(in_training, values_of(twin.intermediate.eval(), x)):
+        raise ValueError("has dropout before its second linear, which has no place here")
+    for activation in PLAIN_ACTIVATIONS:
+        twin.intermediate = _Whole(small, activation)
+        twin.output.set_submodule(fc2_name, nn.Identity())
+        if same_values(values_of(twin.feed_forward_chunk, x), right):
+            return Wiring(activation, (fc1_name,), fc2_name, (), hidden_size, ffn_hidden_size)
+    raise ValueError(f"does not compute output(fc2(act(fc1(x))), x) with one of {', '.join(PLAIN_ACTIVATIONS)}")
+
+
+class _Whole(nn.Module):
+    def __init__(self, linears: list[nn.Linear], activation: str) -> None:
+        super().__init__()
+        self.linears, self.activation = linears, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.linears
+        return fc2(ACTIVATIONS[self.activation](fc1(x)))
+
+
+def _only(where: str, linears: dict[str, nn.Module]) -> tuple[str, nn.Module]:
+    if len(linears) != 1:
+        raise ValueError(f"has {len(linears)} linears in {where}, not one")
+    return next(iter(linears.items()))
+
+
+def _twin(layer: nn.Module, linears: list[tuple[nn.Module, int, int]]) -> tuple[Any, list[nn.Linear]]:
+    """Return a twin of the layer without its other modules, attention say; what its norms hold is random."""
+    copies: dict[int, Any] = {id(child): nn.Identity() for name, child in layer.named_children() if name not in HALVES}
+    generator = torch.Generator().manual_seed(3)
+    own = {id(parameter) for linear, *_ in linears for parameter in linear.parameters()}
+    for half in map(layer.get_submodule, HALVES):
+        for parameter in half.parameters():
+            if id(parameter) in own:
+                continue
+            values = torch.randn(parameter.shape, dtype=torch.float64, device="cpu", generator=generator)
+            copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    twin, small = twin_of(layer, linears, copies)
+    return twin.eval(), small

@@ -1,0 +1,124 @@
+"""Twins of modules written by somebody else: copies with small fp64 linears of known weights, to call and to compare.
+
+A twin runs on the CPU whatever the module is on, meta included, and whatever its size.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+SMALL_H, SMALL_F, TOKENS = 6, 10, 96
+# Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
+TOLERANCE = 1e-8
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class TwinCallError(ValueError):
+    """A twin cannot be called with one tensor."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Say whether it is transformers' Conv1D, a linear whose weight is [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def sizes_of(linear: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features)."""
+    rows, columns = linear.weight.shape  # type: ignore[misc]
+    return (rows, columns) if is_conv1d(linear) else (columns, rows)
+
+
+def check_plain(name: str, linear: Any) -> None:
+    """Raises: ValueError: a linear's parameters are not plain floating-point tensors of its own."""
+    if isinstance(linear.weight, DTensor):
+        raise ValueError(f"{name}.weight is sharded already: {list(linear.weight.placements)}")
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"{name}.weight is quantized: {linear.weight.dtype}")
+
+
+def check_called(name: str, module: nn.Module, hooks: bool = True) -> None:
+    """Raises: ValueError: calling a module is more than its class' forward, which would no longer happen."""
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{name or 'its'}{'.' if name else ' '}forward has been replaced, as accelerate's device_map does"
+        )
+    if hooks and any(getattr(module, kind) for kind in HOOKS):
+        raise ValueError(f"{name} has hooks, which would no longer be called")
+
+
+def linears_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the linears of a module by name, which hold all its parameters and buffers.
+
+    Raises: ValueError: others hold some as well; or a call of one of its modules is more than it seems.
+    """
+    linears = {}
+    for name, part in module.named_modules():
+        check_called(name, part, hooks=part is not module)
+        own = [*part._parameters, *part._buffers]
+        if type(part) is nn.Linear or is_conv1d(part):
+            check_plain(name, part)
+            linears[name] = part
+        elif any(getattr(part, tensor) is not None for tensor in own):
+            kind = type(part).__name__
+            raise ValueError(f"has, beside nn.Linear, {name or 'itself'} ({kind}) with {', '.join(own)}")
+    return linears
+
+
+def twin_of(
+    module: nn.Module, linears: list[tuple[nn.Module, int, int]], copies: dict[int, Any] | None = None
+) -> tuple[nn.Module, list[nn.Linear]]:
+    """Return a copy of the module, and in it small fp64 linears in the place of (linear, in_features, out_features).
+
+    copies    id of a part of the module → what stands for it in the copy
+    Raises: ValueError: it cannot be copied.
+    """
+    generator, small = torch.Generator().manual_seed(2), []
+    for linear, in_features, out_features in linears:
+        twin = nn.Linear(in_features, out_features, linear.bias is not None, device="meta", dtype=torch.float64)
+        for name, parameter in list(twin.named_parameters()):
+            values = torch.randn(parameter.shape, dtype=torch.float64, device="cpu", generator=generator)
+            setattr(twin, name, nn.Parameter(values / math.sqrt(in_features), requires_grad=False))
+        small.append(twin)
+    replaced = {id(linear): twin for (linear, *_), twin in zip(linears, small, strict=True)}
+    try:
+        return copy.deepcopy(module, dict(copies or {}) | replaced), small
+    except Exception as error:
+        raise ValueError(f"cannot be copied to be looked at: {error}") from error
+
+
+def probe(hidden_size: int = SMALL_H) -> Tensor:
+    """Return x [TOKENS, 1, hidden_size], each token of another size."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, 1, hidden_size, dtype=torch.float64, device="cpu", generator=generator)
+    sizes = torch.logspace(-2, 3, TOKENS, dtype=torch.float64, device="cpu")
+    return x * sizes[:, None, None]
+
+
+def values_of(function: Callable, x: Tensor) -> Any:
+    """Return function(x). Raises: TwinCallError: it raised."""
+    # Some activations are compiled; for one look that would take seconds, and a C++ compiler.
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        try:
+            return function(x.clone())
+        except Exception as error:
+            raise TwinCallError(f"cannot be called with one tensor [S, B, H]: {error}") from error
+
+
+def same_values(values: Any, right: Tensor) -> bool:
+    """Say whether these are the values of a right result, within TOLERANCE."""
+    if not isinstance(values, Tensor) or values.shape != right.shape or values.dtype != right.dtype:
+        return False
+    # Of each token by itself: large ones have large errors.
+    error, size = ((t.abs().amax(-1)) for t in (values - right, right))
+    return bool((error <= TOLERANCE * size).all())
