@@ -11,7 +11,6 @@ Over a group the MLPs' parameters become DTensors under their old names, so the 
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -151,9 +150,9 @@ def _looks_like_one(name: str, module: nn.Module) -> bool:
 
 def _table(rows: Sequence[tuple]) -> list[str]:
     """Lay out (name, class, ...) in columns; rows that differ in numbers of their names alone are one."""
-    alike = Counter((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), *rest) for name, *rest in rows)
-    texts = [
-        (f"{name or '(the model)'}{f' ×{count}' if count > 1 else ''}", *rest) for (name, *rest), count in alike.items()
-    ]
+    alike: dict[tuple, list[str]] = {}
+    for name, *rest in rows:
+        alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), *rest), []).append(name or "(the model)")
+    texts = [(f"{key[0]} ×{len(names)}" if len(names) > 1 else names[0], *key[1:]) for key, names in alike.items()]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]

@@ -1,11 +1,11 @@
 """Find out what an MLP computes that is two modules of a layer, as in BERT and its relatives.
 
-    layer.feed_forward_chunk(x) = output(intermediate(x), x)
-    intermediate(x)     act(fc1(x))
-    output(h, x)        rest(fc2(h), x), where rest, a dropout, a residual connection and a norm, stays as it is
+    output(intermediate(x), x)      in the layer's feed_forward_chunk or, without one, in its forward
+    intermediate(x)                 act(fc1(x))
+    output(h, x)                    rest(fc2(h), x): a dropout, a residual connection and a norm, which stay
 
 By its values, as in mlp_wiring.py: a twin of the layer must compute the same as one in which `intermediate` is the
-whole FFN and fc2 passes on what it is given.
+whole FFN and fc2 passes on what it is given. In both, the layer's other modules return their first argument.
 """
 
 from typing import Any
@@ -42,8 +42,6 @@ def wiring_of_halves(layer: Any) -> Wiring:
     Raises: ValueError: it computes something else, or would lose something when its linears are no longer called: says
     what.
     """
-    if not hasattr(layer, "feed_forward_chunk"):
-        raise ValueError("has no method feed_forward_chunk: how its intermediate and output are called is not known")
     fc1_name, fc1 = _only("intermediate", linears_of(layer.intermediate))
     fc2_name, fc2 = _only("output", {n: m for n, m in layer.output.named_modules() if type(m) is nn.Linear})
     check_called(f"output.{fc2_name}", fc2)
@@ -53,14 +51,14 @@ def wiring_of_halves(layer: Any) -> Wiring:
         raise ValueError(f"has linears that do not lead from H to F and back: {sizes_of(fc1)}, {sizes_of(fc2)}")
     twin, small = _twin(layer, [(fc1, hidden_size, SMALL_F), (fc2, SMALL_F, hidden_size)])
     x = probe(hidden_size)
-    right = values_of(twin.feed_forward_chunk, x)
+    right = _values(twin, x)
     in_training = values_of(twin.intermediate.train(), x)
     if not same_values(in_training, values_of(twin.intermediate.eval(), x)):
         raise ValueError("has dropout before its second linear, which has no place here")
     for activation in PLAIN_ACTIVATIONS:
-        twin.intermediate = _Whole(small, activation)
+        twin.intermediate = whole = _Whole(small, activation)
         twin.output.set_submodule(fc2_name, nn.Identity())
-        if same_values(values_of(twin.feed_forward_chunk, x), right):
+        if same_values(_values(twin, x), right) and whole.called:
             return Wiring(activation, (fc1_name,), fc2_name, (), hidden_size, ffn_hidden_size)
     raise ValueError(f"does not compute output(fc2(act(fc1(x))), x) with one of {', '.join(PLAIN_ACTIVATIONS)}")
 
@@ -68,11 +66,22 @@ def wiring_of_halves(layer: Any) -> Wiring:
 class _Whole(nn.Module):
     def __init__(self, linears: list[nn.Linear], activation: str) -> None:
         super().__init__()
-        self.linears, self.activation = linears, activation
+        self.linears, self.activation, self.called = linears, activation, False
 
     def forward(self, x: Tensor) -> Tensor:
+        self.called = True
         fc1, fc2 = self.linears
         return fc2(ACTIVATIONS[self.activation](fc1(x)))
+
+
+class _PassesOn(nn.Module):
+    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
+        return first
+
+
+def _values(layer: Any, x: Tensor) -> Any:
+    found = values_of(getattr(layer, "feed_forward_chunk", layer), x)
+    return found[0] if isinstance(found, tuple) and found else found
 
 
 def _only(where: str, linears: dict[str, nn.Module]) -> tuple[str, nn.Module]:
@@ -82,8 +91,8 @@ def _only(where: str, linears: dict[str, nn.Module]) -> tuple[str, nn.Module]:
 
 
 def _twin(layer: nn.Module, linears: list[tuple[nn.Module, int, int]]) -> tuple[Any, list[nn.Linear]]:
-    """Return a twin of the layer without its other modules, attention say; what its norms hold is random."""
-    copies: dict[int, Any] = {id(child): nn.Identity() for name, child in layer.named_children() if name not in HALVES}
+    """Return a twin of the layer, small and without its other modules; what the norms behind fc2 hold is random."""
+    copies: dict[int, Any] = {id(child): _PassesOn() for name, child in layer.named_children() if name not in HALVES}
     generator = torch.Generator().manual_seed(3)
     own = {id(parameter) for linear, *_ in linears for parameter in linear.parameters()}
     for half in map(layer.get_submodule, HALVES):

@@ -45,9 +45,8 @@ def check_plain(name: str, linear: Any) -> None:
 def check_called(name: str, module: nn.Module, hooks: bool = True) -> None:
     """Raises: ValueError: calling a module is more than its class' forward, which would no longer happen."""
     if "forward" in vars(module):
-        raise ValueError(
-            f"{name or 'its'}{'.' if name else ' '}forward has been replaced, as accelerate's device_map does"
-        )
+        whose = f"{name}.forward" if name else "its forward"
+        raise ValueError(f"{whose} has been replaced, as accelerate's device_map does")
     if hooks and any(getattr(module, kind) for kind in HOOKS):
         raise ValueError(f"{name} has hooks, which would no longer be called")
 
