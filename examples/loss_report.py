@@ -1,4 +1,7 @@
-"""Show two trainings that should be one: a table, a JSON file, a plot."""
+"""Show trainings that should be one: a table, a summary, a plot.
+
+A step's row holds `step` and, for each training's name, `loss_{name}` and `ms_{name}`; with more than one training also
+`difference`, the largest of a loss from that of the first."""
 
 import importlib.metadata
 import os
@@ -13,13 +16,13 @@ import torch
 
 import tpffn_triton
 
-TITLES = {"megatron": "Megatron's MLP", "fused": "FusedMLP"}
+STYLES = (("#aaccee", 6.0), ("#bb3344", 2.6), ("#222222", 0.9))  # colour and width of each training's line
 WARM_UP = 5  # steps whose times are left out of the median
 
 
 def header(names: list[str]) -> str:
     """Return the table's first line."""
-    difference = ["difference"] if len(names) == 2 else []
+    difference = ["difference"] if len(names) > 1 else []
     return "  step" + _cells([f"loss {name}" for name in names] + difference + [f"ms {name}" for name in names])
 
 
@@ -27,7 +30,7 @@ def line(rows: list[dict[str, float]], names: list[str]) -> str:
     """Return a line of the table: the losses of the last of these steps, and the median times of all of them."""
     last = rows[-1]
     losses = [f"{last[f'loss_{name}']:.6f}" for name in names]
-    difference = [f"{last['difference']:.1e}"] if len(names) == 2 else []
+    difference = [f"{last['difference']:.1e}"] if len(names) > 1 else []
     return f"{last['step']:6d}" + _cells(losses + difference + [f"{_median(rows, name):.1f}" for name in names])
 
 
@@ -46,7 +49,7 @@ def summary(rows: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
     for name in names:
         found |= {f"first_loss_{name}": rows[0][f"loss_{name}"], f"last_loss_{name}": rows[-1][f"loss_{name}"]}
         found[f"ms_{name}"] = _median(timed, name)
-    if len(names) == 2:
+    if len(names) > 1:
         found["largest_difference"] = max(row["difference"] for row in rows)
     return found
 
@@ -83,47 +86,48 @@ def _cpu() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def plot(rows: list[dict[str, float]], names: list[str], title: str, path: Path) -> None:
-    """Draw the losses, and below them their difference beside one unit in the last place of an fp32 loss."""
+def plot(rows: list[dict[str, float]], titles: dict[str, str], title: str, path: Path, unit: str) -> None:
+    """Draw the losses, and below them their difference beside one unit in the last place of an fp32 loss.
+
+    titles    of the trainings, by name
+    unit      of the loss
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in rows]
-    panels = len(names)
+    panels = 1 if len(titles) == 1 else 2
     figure, axes = plt.subplots(
         panels, 1, figsize=(7.5, 3.4 * panels), sharex=True, squeeze=False, layout="constrained"
     )
-    # The second lies on the first: only a wide line shows under a narrow one.
-    styles: dict[str, Any] = {
-        "megatron": {"color": "#aaccee", "linewidth": 5},
-        "fused": {"color": "#bb3344", "linewidth": 1.2},
-    }
     upper = axes[0, 0]
-    for name in names:
-        upper.plot(steps, [row[f"loss_{name}"] for row in rows], label=TITLES[name], **styles[name])
-    upper.set_ylabel("loss, nats a byte")
+    first, *_ = titles
+    for number, (name, label) in enumerate(titles.items()):
+        # Each lies on the one before: only a wide line shows under a narrow one.
+        colour, width = STYLES[number % len(STYLES)]
+        upper.plot(steps, [row[f"loss_{name}"] for row in rows], label=label, color=colour, linewidth=width)
+    upper.set_ylabel(f"loss, {unit}")
     upper.legend(frameon=False)
     if panels == 2:
         lower = axes[1, 0]
         differences = torch.tensor([row["difference"] for row in rows], dtype=torch.float64)
-        losses = torch.tensor([row["loss_megatron"] for row in rows], dtype=torch.float32)
-        unit = torch.nextafter(losses, losses * 2) - losses
-        bottom = float(unit.min()) / 4
+        losses = torch.tensor([row[f"loss_{first}"] for row in rows], dtype=torch.float32)
+        last_place = torch.nextafter(losses, losses * 2) - losses
+        bottom = float(last_place.min()) / 4
         equal = differences == 0
         lower.plot(
             steps,
-            unit,
+            last_place,
             color="#555555",
             linewidth=0.9,
             drawstyle="steps-mid",
             label="unit in the last place of the loss, fp32",
         )
-        colour = styles["fused"]["color"]
-        lower.plot(
-            steps, differences.masked_fill(equal, torch.nan), "o", markersize=3, color=colour, label="difference"
-        )
+        colour, _ = STYLES[1]
+        label = "difference" if len(titles) == 2 else f"largest difference from {titles[first]}"
+        lower.plot(steps, differences.masked_fill(equal, torch.nan), "o", markersize=3, color=colour, label=label)
         # A log axis has no 0: these stand on its lower end.
         lower.plot(
             [step for step, same in zip(steps, equal, strict=True) if same],
@@ -134,7 +138,7 @@ def plot(rows: list[dict[str, float]], names: list[str], title: str, path: Path)
             label=f"equal ({int(equal.sum())} of {len(rows)} steps)",
         )
         lower.set_yscale("log")
-        lower.set_ylim(bottom, 20 * float(max(differences.max(), unit.max())))
+        lower.set_ylim(bottom, 20 * float(max(differences.max(), last_place.max())))
         lower.set_ylabel("|difference of the losses|")
         lower.legend(frameon=False, loc="upper left")
     for axis in axes.flat:

@@ -43,8 +43,7 @@ from tpffn_triton import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-
-
+TITLES = {"megatron": "Megatron's MLP", "fused": "FusedMLP"}
 # activation_func, gated_linear_unit, bias_activation_fusion, with which Megatron's gelu is the tanh approximation.
 ACTIVATIONS: dict[str, tuple[Any, bool, bool]] = {
     "gelu": (F.gelu, False, False),
@@ -70,7 +69,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """Take the steps, and report each one's losses before its update, over all replicas, and its times in ms."""
     from gpt_from_megatron import Trainer, parallel_state
 
-    names = [name for name in loss_report.TITLES if args.mlp in (name, "both")]
+    names = [name for name in TITLES if args.mlp in (name, "both")]
     trainers = {name: Trainer(args, name == "fused", device) for name in names}
     text = torch.frombuffer(bytearray(args.bytes), dtype=torch.uint8).long()
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -108,7 +107,7 @@ def report(
     """Print the summary, and write the files that were asked for."""
     names = list(classes)
     found = loss_report.summary(rows, names)
-    times = ", ".join(f"{loss_report.TITLES[name]} {found[f'ms_{name}']:.1f} ms" for name in names)
+    times = ", ".join(f"{TITLES[name]} {found[f'ms_{name}']:.1f} ms" for name in names)
     show(f"\nmedian step: {times}")
     if len(names) == 2:
         show(f"largest difference of the losses: {found['largest_difference']:.1e}")
@@ -127,7 +126,7 @@ def report(
         where = f"{about['ranks']} ranks, TP={args.tp}{' with sequence parallelism' * args.sequence_parallel}"
         title = f"GPT of megatron-core {about['megatron-core']}: {model}\n{where}, {about['collectives']}"
         title += f", {about['device']}"
-        loss_report.plot(rows, names, title, args.plot)
+        loss_report.plot(rows, {name: TITLES[name] for name in names}, title, args.plot, unit="nats a byte")
 
 
 def show(text: str) -> None:
@@ -157,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag: Any = argparse.BooleanOptionalAction
-    parser.add_argument("--mlp", choices=["both", *loss_report.TITLES], default="both", help="(default both)")
+    parser.add_argument("--mlp", choices=["both", *TITLES], default="both", help="(default both)")
     parser.add_argument("--tp", type=int, default=1, metavar="P", help="ranks per tensor-parallel group (default 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="norms and residuals on slices of the tokens")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default gelu, which is erf)")

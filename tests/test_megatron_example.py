@@ -2,21 +2,18 @@
 
 import importlib.util
 import json
-import os
 import resource
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torchrun import EXAMPLES, torchrun
 
 from tpffn_triton.megatron_options import activation_of
 
 pytestmark = pytest.mark.cpu_only
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "train_gpt_megatron.py"
+EXAMPLE = EXAMPLES / "train_gpt_megatron.py"
 MEMORY_BYTES = 16 << 30  # addresses of one process: a bias returned as it is recurses until the machine is full
 SIZES = "--layers 1 --hidden 32 --ffn 128 --seq 32 --batch 4 --lr 1e-2 --steps 16 --log-every 5"
 FLAGS = f"--tp 2 --sequence-parallel --recompute mlp --activation swiglu {SIZES}"
@@ -39,20 +36,13 @@ def example():
 @pytest.mark.slow
 def test_two_ranks_train_both_models_to_one_loss(tmp_path):
     pytest.importorskip("megatron.core")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLE), *FLAGS.split(), "--json", "out.json", "--plot", "out.png"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES)),
+    limit = MEMORY_BYTES, MEMORY_BYTES
+    done = torchrun(
+        2,
+        *(str(EXAMPLE), *FLAGS.split(), "--json", "out.json", "--plot", "out.png"),
+        folder=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["about"]["mlp"] == {"megatron": "MLP", "fused": "FusedMLP"}
@@ -135,7 +125,7 @@ def test_replicas_share_a_batch(example):
 def test_equal_losses_can_be_drawn(names, example, tmp_path):
     """A difference of 0 is not on a log axis; one model alone has no difference."""
     rows = [{"step": step, "difference": 0.0} | {f"loss_{name}": 5.0 - step for name in names} for step in range(3)]
-    example.loss_report.plot(rows, names, "title", tmp_path / "out.png")
+    example.loss_report.plot(rows, dict.fromkeys(names, "a"), "title", tmp_path / "out.png", unit="nats")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
