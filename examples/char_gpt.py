@@ -39,7 +39,10 @@ class Sizes(NamedTuple):
 
     def encode(self, text: str) -> Tensor:
         """Return characters as tokens [S]. Raises: ValueError: one is not in the alphabet."""
-        return torch.tensor([self.alphabet.index(character) for character in text])
+        if unknown := sorted(set(text) - set(self.alphabet)):
+            raise ValueError(f"not among the model's characters: {unknown}")
+        number = {character: token for token, character in enumerate(self.alphabet)}
+        return torch.tensor([number[character] for character in text], dtype=torch.long)
 
     def decode(self, tokens: Tensor) -> str:
         """Return tokens [S] as characters."""

@@ -34,6 +34,7 @@ FAMILIES = {
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT | {"mlp_bias": True}, "swiglu", 128),
     "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED, "swiglu", 128),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED, "swiglu", 128),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED | {"head_dim": 16}, "swiglu", 128),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", GROUPED | {"head_dim": 16}, "geglu_tanh", 128),
 }

@@ -38,6 +38,7 @@ import mutants_of_megatron
 import mutants_of_package
 import mutants_of_partitionings
 import mutants_of_ranks
+import mutants_of_replacement
 import mutants_of_single_launch
 import mutants_of_weight_grads
 
@@ -86,6 +87,7 @@ SOURCES = (
     mutants_of_single_launch,
     mutants_of_package,
     mutants_of_megatron,
+    mutants_of_replacement,
     mutants_of_partitionings,
     mutants_of_communication,
     mutants_of_costs,

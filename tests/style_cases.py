@@ -35,12 +35,13 @@ def stock(mlp):
     }
 
 
-def equals_reference(rank, world_size, implementation, tp, activation, dtype, layout, conv1d=False):
+def equals_reference(rank, world_size, implementation, tp, activation, dtype, layout, conv1d=False, device="cpu"):
     """Apply the acceptance rules to y, dx and every gradient; layout: of x and y, "replicate", or the dim cut."""
     use(implementation)
-    mesh = mesh_of(tp)["tp"]
+    mesh = mesh_of(tp, device)["tp"]
     place, group = mesh.get_local_rank(), mesh.get_group() if tp > 1 else None
-    problem = draw(LEAD, H, FFN, activation=activation, dtype=dtype)
+    device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    problem = draw(LEAD, H, FFN, activation=activation, dtype=dtype, device=device)
     mlp = as_module(problem, conv1d)
     names = names_of(mlp)  # by the class that it has before
     placement = Replicate() if layout == "replicate" else Shard(layout)
@@ -225,3 +226,23 @@ def cut_tokens(mlp, mesh, placement):
 
     mlp.register_forward_pre_hook(enter, prepend=True)
     mlp.register_forward_hook(leave)
+
+
+def gradients_move_along(rank, world_size, tp):
+    """to() takes a gradient with its parameter, also where that is laid beside another again."""
+    use("native")
+    problem = draw(LEAD, H, FFN, activation="swiglu")
+    mlp = as_module(problem)
+    parallelize_module(mlp, mesh_of(tp)["tp"], FusedFFNParallel())
+    mlp(problem.x).backward(problem.dy)
+    before = {name: parameter.grad.to_local().clone() for name, parameter in mlp.named_parameters()}
+    parameters = list(mlp.parameters())
+    mlp.to(torch.float64)
+    assert all(parameter is known for parameter, known in zip(mlp.parameters(), parameters, strict=True))
+    for name, parameter in mlp.named_parameters():
+        assert torch.equal(parameter.grad.to_local(), before[name].double()), name
+
+
+def sizes_of_linears(rank, world_size, tp):
+    mlp = parallelize_module(build(8, 24, "swiglu"), mesh_of(tp)["tp"], FusedFFNParallel())
+    return [(each.in_features, each.out_features) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]

@@ -43,10 +43,16 @@ def test_nested_names_sequences_and_dropout_behind():
     assert wiring_of(ConvMLP(H, FFN, "gelu_tanh")).activation == "gelu_tanh"
 
 
+def dropout_by_function(m, x):
+    return F.dropout(m.fc2(F.gelu(m.fc1(x))), 0.5, m.training)
+
+
 def test_the_module_is_untouched():
     mlp = PlainMLP(H, FFN, "gelu", dropout=0.1)
     before, state = copy.deepcopy(mlp.state_dict()), torch.get_rng_state()
     wiring_of(mlp)
+    with pytest.raises(ValueError, match="computes something else in training"):
+        wiring_of(Other(dropout_by_function))
     assert mlp.training
     assert mlp.dropout.p == 0.1
     assert torch.equal(torch.get_rng_state(), state)
@@ -80,6 +86,7 @@ SOMETHING_ELSE = {
     "leaky relu": Other(lambda m, x: m.fc2(F.leaky_relu(m.fc1(x)))),
     "a factor": Other(lambda m, x: 2 * m.fc2(F.gelu(m.fc1(x)))),
     "a factor inside": Other(lambda m, x: m.fc2(0.999 * F.gelu(m.fc1(x)))),
+    "an offset of 1e-6": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x)) + 1e-6)),
     "a residual connection": Other(lambda m, x: x + m.fc2(F.gelu(m.fc1(x)))),
     "a clamp at 100": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x)).clamp(max=100))),
     "a norm without parameters": Other(lambda m, x: m.fc2(F.layer_norm(F.gelu(m.fc1(x)), [F_SMALL]))),
@@ -129,10 +136,6 @@ def not_copyable():
     mlp = PlainMLP(H, FFN, "gelu")
     mlp.generator = (each for each in ())
     return mlp
-
-
-def dropout_by_function(m, x):
-    return F.dropout(m.fc2(F.gelu(m.fc1(x))), 0.5, m.training)
 
 
 LOST = {

@@ -55,6 +55,10 @@ def test_gate_and_up_stay_side_by_side(tp, ranks):
     ranks(style_cases.hands_over_what_it_holds, tp)
 
 
+def test_gradients_move_along(ranks):
+    ranks(style_cases.gradients_move_along, 2)
+
+
 def test_dtensors_in_and_out(ranks):
     ranks(style_cases.takes_dtensors, 2)
 
@@ -141,7 +145,8 @@ def test_frozen_parameters_stay_frozen_and_dropout_behind_acts(mesh):
     assert not (mlp.eval()(x) == 0).any()
 
 
-def test_linears_say_their_shards_sizes(mesh):
+def test_linears_say_their_shards_sizes(mesh, ranks):
+    assert ranks(style_cases.sizes_of_linears, 2) == [[(8, 12), (8, 12), (12, 8)]] * 4
     mlp = parallelize_module(build(8, 16, "swiglu"), mesh, FusedFFNParallel())
     assert (mlp.gate_proj.in_features, mlp.gate_proj.out_features) == (8, 16)
     assert (mlp.down_proj.in_features, mlp.down_proj.out_features) == (16, 8)

@@ -129,12 +129,9 @@ class TensorParallelMLP(nn.Module):
         return w1, None if gate_bias is None else torch.cat([gate_bias, up_bias])
 
     def _lay_side_by_side(self) -> None:
-        """Make gate's and up's weights halves of one piece of memory; FSDP's shards are left where they are."""
-        fused = self._fused
-        if len(fused.wiring.fc1) == 1:
-            return
-        weights: list[Any] = [self.get_submodule(name).weight for name in fused.wiring.fc1]
-        if any(getattr(weight, "device_mesh", None) != fused.mesh for weight in weights):
+        """Make gate's and up's weights halves of one piece of memory, unless FSDP has cut or somebody wrapped them."""
+        weights = self._fc1_weights()
+        if len(weights) < 2 or any(getattr(weight, "device_mesh", None) != self._fused.mesh for weight in weights):
             return
         gate, up = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
         if _adjacent(gate, up) or not (gate.is_contiguous() and up.is_contiguous()):
@@ -148,6 +145,10 @@ class TensorParallelMLP(nn.Module):
             else:
                 weight.data = half
 
+    def _fc1_weights(self) -> list[Any]:
+        shards = [self.get_submodule(name) for name in self._fused.wiring.fc1]
+        return [shard.weight for shard in shards if isinstance(shard, LinearShard)]
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "TensorParallelMLP":
         super()._apply(fn, recurse)
         self._lay_side_by_side()  # to() and its like move each by itself
@@ -155,8 +156,7 @@ class TensorParallelMLP(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelMLP":
         """Copy everything but the mesh and the process group, which the copies share."""
-        for name in self._fused.wiring.fc1:
-            weight = self.get_submodule(name).weight
+        for weight in self._fc1_weights():
             if isinstance(weight, DTensor):  # torch copies none whose local tensor begins inside of its storage
                 parameter = memo[id(weight)] = _with_local(weight, weight.to_local().detach().clone())
                 parameter.grad = copy.deepcopy(weight.grad, memo)
