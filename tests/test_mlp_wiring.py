@@ -48,11 +48,11 @@ def dropout_by_function(m, x):
 
 
 def test_the_module_is_untouched():
-    mlp = PlainMLP(H, FFN, "gelu", dropout=0.1)
+    mlp, other = PlainMLP(H, FFN, "gelu", dropout=0.1), Other(dropout_by_function)
     before, state = copy.deepcopy(mlp.state_dict()), torch.get_rng_state()
     wiring_of(mlp)
     with pytest.raises(ValueError, match="computes something else in training"):
-        wiring_of(Other(dropout_by_function))
+        wiring_of(other)
     assert mlp.training
     assert mlp.dropout.p == 0.1
     assert torch.equal(torch.get_rng_state(), state)
