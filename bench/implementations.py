@@ -9,8 +9,9 @@
     megatron         Megatron-Core's own MLP, where megatron-core is installed (megatron_peer.py)
     megatron-fused   tpffn_triton.megatron.FusedMLP in its place
 
-On a CPU `fused` computes GEMMs through F.linear, which uses whatever torch was built with, and in bf16 a forward without
-gradients through oneDNN (tpffn_triton/native.py): what it gains over the better of the two baselines is fusion and overlap.
+On a CPU `fused` computes GEMMs through F.linear, which uses whatever torch was built with, and in bf16 a forward
+without gradients through oneDNN (tpffn_triton/native.py): what it gains over the better of the two baselines is fusion
+and overlap.
 
 Around the unfused steps stand Megatron-LM's f and g (tpffn_triton/regions.py). Both sum in place, so that no copy
 slows the baseline; b2 is added after the sum, on every rank. Without a group it goes into the second F.linear. With

@@ -186,3 +186,17 @@ def leaves_what_does_not_divide(rank, world_size):
     model, _ = build("llama", intermediate_size=130)
     with pytest.raises(ValueError, match=r"LlamaMLP  ffn_hidden_size 130 is not divisible by .* 4"):
         parallelize(model, mesh_of(4)["tp"])
+
+
+def leaves_what_is_shared(rank, world_size):
+    """Two layers with one fc2: shards would go apart. One rank with another model is an error on every rank."""
+    model, _ = build("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.down_proj.weight = first.down_proj.weight
+    with pytest.raises(ValueError, match=r"shares down_proj\.weight with another module"):
+        parallelize(model, mesh_of(4)["tp"])
+    assert parallelize(model).replaced, "over one rank they stay one"
+    assert second.down_proj.weight is first.down_proj.weight
+    other, _ = build("llama", hidden_act="gelu" if rank == 1 else "silu")
+    with pytest.raises(ValueError, match=r"rank 1: .*'geglu'"):
+        parallelize(other, mesh_of(4)["tp"])

@@ -40,7 +40,7 @@ MUTANTS = {
         ),
         (
             "quantized weights taken",
-            "if not linear.weight.is_floating_point():",
+            "if type(parameter) is not nn.Parameter or parameter.dtype not in FFN_DTYPES:",
             "if False:",
             WIRING.format("lost"),
         ),
@@ -211,6 +211,18 @@ MUTANTS = {
     ],
     "tpffn_triton/parallel_style.py": [
         (
+            "a rank that refuses an MLP does not say so",
+            "reject(group, error)  # the others are about to communicate",
+            "pass",
+            STYLE.format("rank_with"),
+        ),
+        (
+            "ranks do not compare their MLPs",
+            'compare(group, {"MLP": f"{wiring} by {self}"})',
+            "compare(group, {})",
+            STYLE.format("rank_with"),
+        ),
+        (
             "DTensors taken as they are",
             "x = x.redistribute(mesh, [self.layout]).to_local()",
             "x = x.to_local()",
@@ -230,6 +242,12 @@ MUTANTS = {
         ),
     ],
     "tpffn_triton/huggingface.py": [
+        (
+            "shared parameters go apart",
+            "if uses[id(p)] > 1]",
+            "if uses[id(p)] > 2]",
+            HUGGINGFACE.format("shared"),
+        ),
         (
             "an F that P does not divide is not said",
             "check_sizes(wiring.hidden_size, wiring.ffn_hidden_size, world_size)",

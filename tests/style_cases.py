@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpffn_triton.parallel_style import FusedFFNParallel
+from tpffn_triton.reference import ACTIVATIONS
 
 LEAD, H, FFN = (4, 6), 32, 48
 _meshes: dict = {}
@@ -246,3 +247,15 @@ def gradients_move_along(rank, world_size, tp):
 def sizes_of_linears(rank, world_size, tp):
     mlp = parallelize_module(build(8, 24, "swiglu"), mesh_of(tp)["tp"], FusedFFNParallel())
     return [(each.in_features, each.out_features) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+
+
+def one_rank_differs(rank, world_size, activation):
+    """Rank 1 has an MLP of another activation; "selu": of none that is known."""
+    mlp = build(H, FFN, "gelu")
+    if rank == 1:
+        mlp.act = torch.nn.functional.selu if activation == "selu" else ACTIVATIONS[activation]
+    before = dict(mlp.named_parameters())
+    try:
+        parallelize_module(mlp, mesh_of(4)["tp"], FusedFFNParallel())
+    finally:
+        assert all(parameter is before[name] for name, parameter in mlp.named_parameters())

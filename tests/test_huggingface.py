@@ -151,3 +151,7 @@ def test_bad_input_changes_nothing(arguments, error, message):
 
 def test_sizes_that_do_not_divide_are_left(ranks):
     ranks(cases.leaves_what_does_not_divide)
+
+
+def test_shared_parameters_and_ranks_that_differ(ranks):
+    ranks(cases.leaves_what_is_shared)

@@ -132,6 +132,26 @@ def quantized():
     return mlp
 
 
+def converted(change, *arguments):
+    mlp = PlainMLP(H, FFN, "gelu")
+    change(mlp, *arguments)
+    return mlp
+
+
+def tied():
+    mlp = GatedMLP(H, FFN, "swiglu")
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    return mlp
+
+
+class Packed(torch.Tensor):
+    """A tensor that is not what it looks like, as quantized ones are."""
+
+
+def packed(mlp):
+    mlp.fc1.weight = nn.Parameter(torch.randn(FFN, H).as_subclass(Packed))
+
+
 def not_copyable():
     mlp = PlainMLP(H, FFN, "gelu")
     mlp.generator = (each for each in ())
@@ -153,7 +173,14 @@ LOST = {
         lambda m, x: m.fc2(F.gelu(m.fc1(m.norm(x)))), norm=nn.LayerNorm(H)
     ),
     "lead from H to F and back": uneven_bias,
-    "fc1.weight is quantized: torch.int8": quantized,
+    "fc1.weight is quantized: Parameter of torch.int8": quantized,
+    "fc1.weight is quantized: Packed of torch.float32": lambda: converted(packed),
+    "fc1.weight is quantized: Parameter of torch.float8_e4m3fn": lambda: converted(
+        lambda mlp: mlp.fc1.to(torch.float8_e4m3fn)
+    ),
+    "gate_proj.weight as well|up_proj.weight as well": tied,
+    "more than one dtype: fc1 torch.float32, fc2 torch.bfloat16": lambda: converted(lambda mlp: mlp.fc2.bfloat16()),
+    "more than one device: fc1 cpu, fc2 meta": lambda: converted(lambda mlp: mlp.fc2.to("meta")),
     "cannot be copied to be looked at": not_copyable,
     "has 3 linears|lead from H to F": lambda: Other(lambda m, x: m.fc3(m.fc2(F.gelu(m.fc1(x)))), fc3=nn.Linear(H, H)),
     "has 1 linears": lambda: nn.Sequential(nn.Linear(H, FFN), nn.GELU()),

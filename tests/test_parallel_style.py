@@ -1,5 +1,7 @@
 """FusedFFNParallel in torch's parallelize_module: an MLP of two or three linears as ours, over 1, 2 and 4 ranks."""
 
+import re
+
 import pytest
 import style_cases
 import torch
@@ -119,6 +121,18 @@ def test_a_module_that_does_something_else_is_refused_and_unchanged(mesh):
     assert all(parameter is before[name] for name, parameter in mlp.named_parameters())
     with pytest.raises(ValueError, match="1-D DeviceMesh"):
         FusedFFNParallel()._apply(PlainMLP(8, 16, "gelu"), init_device_mesh("cpu", (1, 1)))
+
+
+def test_a_rank_with_another_mlp_is_an_error_on_every_rank(ranks_of):
+    """Not a wait in the scatter of the weights, nor two activations."""
+    for ok, (kind, message, _) in ranks_of(4).outcomes(style_cases.one_rank_differs, "selu"):
+        assert not ok
+        assert kind == "ValueError"
+        assert "does not compute fc2(act(fc1(x)))" in message
+    for ok, (kind, message, _) in ranks_of(4).outcomes(style_cases.one_rank_differs, "relu"):
+        assert not ok
+        assert kind == "ValueError"
+        assert re.search("ranks .* disagree:\n  rank 0: .*'gelu'.*\n  rank 1: .*'relu'", message)
 
 
 def test_it_is_not_applied_twice(mesh):

@@ -11,7 +11,8 @@ Over a group the MLPs' parameters become DTensors under their old names, so the 
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpffn_triton.agreement import compare, reject
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.machines import Machine
 from tpffn_triton.mlp_halves import HALVES, has_halves, wiring_of_halves
@@ -89,17 +91,21 @@ def parallelize(
     modules `intermediate` and `output` of a layer, as in BERT. Its activation is the one it computes, erf and tanh told
     apart. What is quantized, adapted, hooked or sharded already is left, and so is what computes anything else.
 
-    Raises: TypeError, ValueError: options or a group that do not fit; no MLP that can be replaced, with the reasons.
-    Nothing is changed then.
+    Raises: TypeError, ValueError: options or a group that do not fit; no MLP that can be replaced, with the reasons;
+    ranks that find different ones. CollectiveError: a rank did not come. Nothing is changed then.
     """
     options = Options(False, save, reduce_dtype, forward_chunks)
     group = resolve_group(tp_group)
     world_size = 1 if group is None else group.size()
     found, left = _survey(model, world_size)
     if not found:
-        raise ValueError("\n".join(["found no MLP that can be replaced", *_table(left)]))
+        error = ValueError("\n".join(["found no MLP that can be replaced", *_table(left)]))
+        if group is not None:
+            reject(group, error)  # the others are about to compare
+        raise error
     mesh = None
     if group is not None:
+        compare(group, {"MLPs": f"{len(found)} MLPs: " + ", ".join(f"{name} {wiring}" for name, _, wiring in found)})
         device_type = next(model.parameters()).device.type
         mesh = tp_group if isinstance(tp_group, DeviceMesh) else DeviceMesh.from_group(group, device_type)
     replaced: list[Replaced] = []
@@ -116,6 +122,7 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
     found: list[tuple[str, nn.Module, Wiring]] = []
     left: list[Left] = []
     seen = set()
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
     def visit(name: str, module: nn.Module) -> None:
         if module in seen:  # layers that share one
@@ -126,6 +133,8 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
             try:
                 wiring = (wiring_of_halves if has_halves(module) else wiring_of)(module)
                 check_sizes(wiring.hidden_size, wiring.ffn_hidden_size, world_size)
+                if world_size > 1 and (shared := [n for n, p in _parameters(module, wiring) if uses[id(p)] > 1]):
+                    raise ValueError(f"shares {', '.join(shared)} with another module, which shards would not")
             except ValueError as error:
                 left.append(Left(name, type(module).__name__, str(error)))
             else:
@@ -136,6 +145,13 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
 
     visit("", model)
     return found, left
+
+
+def _parameters(module: nn.Module, wiring: Wiring) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that become shards, by name."""
+    where = ("", "") if not has_halves(module) else tuple(f"{half}." for half in HALVES)
+    for name in (*(f"{where[0]}{fc1}" for fc1 in wiring.fc1), f"{where[1]}{wiring.fc2}"):
+        yield from module.get_submodule(name).named_parameters(name)
 
 
 def _looks_like_one(name: str, module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ def wiring_of_halves(layer: Any) -> Wiring:
     fc1_name, fc1 = _only("intermediate", linears_of(layer.intermediate))
     fc2_name, fc2 = _only("output", {n: m for n, m in layer.output.named_modules() if type(m) is nn.Linear})
     check_called(f"output.{fc2_name}", fc2)
-    check_plain(f"output.{fc2_name}", fc2)
+    check_plain({f"intermediate.{fc1_name}": fc1, f"output.{fc2_name}": fc2})
     hidden_size, ffn_hidden_size = sizes_of(fc1)
     if sizes_of(fc2) != (ffn_hidden_size, hidden_size):
         raise ValueError(f"has linears that do not lead from H to F and back: {sizes_of(fc1)}, {sizes_of(fc2)}")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tpffn_triton.validation import FFN_DTYPES
+
 SMALL_H, SMALL_F, TOKENS = 6, 10, 96
 # Constants of ten digits are within this; erf and tanh are 5e-4 apart, sigmoid(1.702 z) 2e-2.
 TOLERANCE = 1e-8
@@ -34,12 +36,23 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if is_conv1d(linear) else (columns, rows)
 
 
-def check_plain(name: str, linear: Any) -> None:
-    """Raises: ValueError: a linear's parameters are not plain floating-point tensors of its own."""
-    if isinstance(linear.weight, DTensor):
-        raise ValueError(f"{name}.weight is sharded already: {list(linear.weight.placements)}")
-    if not linear.weight.is_floating_point():
-        raise ValueError(f"{name}.weight is quantized: {linear.weight.dtype}")
+def check_plain(linears: dict[str, Any]) -> None:
+    """Raises: ValueError: parameters of linears are not plain tensors of a dtype that `ffn` takes, or not all of one
+    dtype and device, or one is in two places."""
+    seen: dict[int, str] = {}
+    for name, linear in linears.items():
+        for kind, parameter in linear.named_parameters(f"{name}"):
+            if isinstance(parameter, DTensor):
+                raise ValueError(f"{kind} is sharded already: {list(parameter.placements)}")
+            if type(parameter) is not nn.Parameter or parameter.dtype not in FFN_DTYPES:
+                raise ValueError(f"{kind} is quantized: {type(parameter).__name__} of {parameter.dtype}")
+            if id(parameter) in seen:
+                raise ValueError(f"{kind} is {seen[id(parameter)]} as well, and would no longer be")
+            seen[id(parameter)] = kind
+    for what in ("dtype", "device"):
+        found = {f"{name} {getattr(linear.weight, what)}" for name, linear in linears.items()}
+        if len({getattr(linear.weight, what) for linear in linears.values()}) > 1:
+            raise ValueError(f"has linears of more than one {what}: {', '.join(sorted(found))}")
 
 
 def check_called(name: str, module: nn.Module, hooks: bool = True) -> None:
@@ -61,11 +74,11 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
         check_called(name, part, hooks=part is not module)
         own = [*part._parameters, *part._buffers]
         if type(part) is nn.Linear or is_conv1d(part):
-            check_plain(name, part)
             linears[name] = part
         elif any(getattr(part, tensor) is not None for tensor in own):
             kind = type(part).__name__
             raise ValueError(f"has, beside nn.Linear, {name or 'itself'} ({kind}) with {', '.join(own)}")
+    check_plain(linears)
     return linears
 
 

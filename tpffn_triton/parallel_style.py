@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from tpffn_triton.agreement import compare, reject
+from tpffn_triton.collectives import resolve_group
 from tpffn_triton.machines import Machine
 from tpffn_triton.mlp_wiring import wiring_of
 from tpffn_triton.tensor_parallel_mlp import Options, TensorParallelMLP, replace_mlp
-from tpffn_triton.validation import check_activation
+from tpffn_triton.validation import check_activation, check_sizes
 
 
 class FusedFFNParallel(ParallelStyle):
@@ -33,7 +35,8 @@ class FusedFFNParallel(ParallelStyle):
     become DTensors under the same names. x may be a torch.Tensor of this layout or a DTensor of any.
 
     Raises: TypeError, ValueError: here, options that do not fit; when it is applied, a module that computes no FFN
-    known, or has something that would be lost (says what), a mesh of more than one dim, an F that P does not divide.
+    known, or has something that would be lost (says what), a mesh of more than one dim, an F that P does not divide; on
+    every rank, if one of them raises or has another MLP. CollectiveError: a rank did not come.
     """
 
     def __init__(
@@ -63,15 +66,19 @@ class FusedFFNParallel(ParallelStyle):
         self.options = Options(sequence_parallel, save, reduce_dtype, forward_chunks)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if isinstance(module, TensorParallelMLP):
-            raise ValueError(f"{type(self).__name__} has been applied to this module before: {module}")
-        replace_mlp(
-            module,
-            wiring_of(module, self.activation),
-            device_mesh,
-            self.options,
-            src_data_rank=self.src_data_rank,
-        )
+        group = resolve_group(device_mesh)
+        try:
+            if isinstance(module, TensorParallelMLP):
+                raise ValueError(f"{type(self).__name__} has been applied to this module before: {module}")
+            wiring = wiring_of(module, self.activation)
+            check_sizes(wiring.hidden_size, wiring.ffn_hidden_size, device_mesh.size())
+        except ValueError as error:
+            if group is not None:
+                reject(group, error)  # the others are about to communicate
+            raise
+        if group is not None:
+            compare(group, {"MLP": f"{wiring} by {self}"})
+        replace_mlp(module, wiring, device_mesh, self.options, src_data_rank=self.src_data_rank)
         prepare: Any = self._prepare_input  # annotated in torch as returning nothing
         return distribute_module(module, device_mesh, None, prepare, self._prepare_output)
 
