@@ -89,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("start it with torchrun: the docstring above has the commands (--help shows it)")
     if args.tokens < 1:
         parser.error(f"--tokens must be at least 1, got {args.tokens}")
+    if not args.prompt:
+        parser.error("--prompt needs at least one character")
     if args.model is not None and not (args.model / "config.json").exists():
         parser.error(f"--model {args.model} is not a folder with a config.json")
     return args

@@ -9,8 +9,9 @@ import transformers
 from acceptance import assert_accurate
 from rank_pool import use
 from style_cases import mesh_of
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tpffn_triton.huggingface import parallelize
 from tpffn_triton.reference import ACTIVATIONS
@@ -197,6 +198,54 @@ def leaves_what_is_shared(rank, world_size):
         parallelize(model, mesh_of(4)["tp"])
     assert parallelize(model).replaced, "over one rank they stay one"
     assert second.down_proj.weight is first.down_proj.weight
+    aliased, _ = build("llama")
+    aliased.alias = aliased.model.layers[0].mlp.up_proj
+    report = parallelize(aliased, mesh_of(4)["tp"])
+    assert [(left.name, left.reason[:14]) for left in report.left] == [("model.layers.0.mlp", "shares up_proj")]
     other, _ = build("llama", hidden_act="gelu" if rank == 1 else "silu")
     with pytest.raises(ValueError, match=r"rank 1: .*'geglu'"):
         parallelize(other, mesh_of(4)["tp"])
+
+
+def clips_and_steps(rank, world_size, tp):
+    """docs/huggingface.md's way to clip gradients of sharded and replicated parameters, beside the dense model's."""
+    use("native")
+    model, inputs = build("llama")
+    dense, _ = build("llama")
+    parallelize(model, mesh_of(tp)["tp"])
+    for each in (dense, model):
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
+        logits_of(each, inputs).square().mean().backward()
+        if each is dense:
+            right = torch.nn.utils.clip_grad_norm_(each.parameters(), 1e-3)
+        else:
+            sharded = [p for p in each.parameters() if isinstance(p, DTensor)]
+            replicated = [p for p in each.parameters() if not isinstance(p, DTensor)]
+            norms = [get_total_norm([p.grad for p in part]) for part in (sharded, replicated)]
+            total = torch.stack([norms[0].full_tensor(), norms[1]]).norm()
+            for part in (sharded, replicated):
+                clip_grads_with_norm_(part, 1e-3, total)
+        optimizer.step()
+    torch.testing.assert_close(total, right)
+    for name, parameter in dense.named_parameters():
+        ours = model.get_parameter(name)
+        ours, grad = (t.full_tensor() if isinstance(t, DTensor) else t for t in (ours.detach(), ours.grad))
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(ours, parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def moves_from_the_meta_device(rank, world_size, tp):
+    """A model without memory, over a group: parameters go where to_empty says, gate and up included."""
+    use("native")
+    right, inputs = build("llama")
+    with torch.device("meta"):
+        config = type(right.config)(**right.config.to_dict())
+        model = type(right)(config).eval()
+    parallelize(model, mesh_of(tp)["tp"].get_group())
+    model.to_empty(device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(right.state_dict()) if rank == 0 else {}, options=options)
+    for name, buffer in right.named_buffers():  # not in the state dict
+        model.get_buffer(name).copy_(buffer)
+    torch.testing.assert_close(logits_of(model, inputs), logits_of(right, inputs))

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from ffn_cases import assert_all_accurate, draw, eager, exact
 from mlp_modules import as_module, build, names_of
@@ -249,13 +250,65 @@ def sizes_of_linears(rank, world_size, tp):
     return [(each.in_features, each.out_features) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
 
-def one_rank_differs(rank, world_size, activation):
-    """Rank 1 has an MLP of another activation; "selu": of none that is known."""
+def one_rank_differs(rank, world_size, change):
+    """Rank 1 has another MLP: another activation, one that is not known, no biases, another dtype."""
     mlp = build(H, FFN, "gelu")
     if rank == 1:
-        mlp.act = torch.nn.functional.selu if activation == "selu" else ACTIVATIONS[activation]
+        if change in ACTIVATIONS:
+            mlp.act = ACTIVATIONS[change]
+        elif change == "selu":
+            mlp.act = torch.nn.functional.selu
+        elif change == "bias":
+            mlp.fc2.bias = None
+        else:
+            mlp.bfloat16()
     before = dict(mlp.named_parameters())
     try:
         parallelize_module(mlp, mesh_of(4)["tp"], FusedFFNParallel())
     finally:
         assert all(parameter is before[name] for name, parameter in mlp.named_parameters())
+
+
+def draws_anew(rank, world_size, tp):
+    """reset_parameters as torch's recipe for the meta device calls it: of the full sizes, and nothing is left out."""
+    for conv1d, activation in ((False, "gelu"), (True, "gelu"), (False, "swiglu")):
+        with torch.device("meta"):
+            mlp = build(H, FFN, activation, conv1d)
+        fc1 = names_of(mlp)["w1"][0]
+        parallelize_module(mlp, mesh_of(tp)["tp"], FusedFFNParallel())
+        mlp.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in mlp.parameters():
+                parameter.fill_(float("nan"))
+        torch.manual_seed(0)
+        for module in mlp.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert all(torch.isfinite(parameter.full_tensor()).all() for parameter in mlp.parameters())
+        spread = mlp.get_parameter(fc1).full_tensor().std().item()
+        assert spread == pytest.approx(0.02 if conv1d else (1 / 3 / H) ** 0.5, rel=0.1)
+
+
+def goes_on_after_a_copy(rank, world_size, tp):
+    """A copy has gradients too; calls by any name; a meta model moves to where its mesh is."""
+    use("native")
+    mesh = mesh_of(tp)["tp"]
+    problem = draw(LEAD, H, FFN, activation="swiglu")
+    mlp = as_module(problem)
+    parallelize_module(mlp, mesh, FusedFFNParallel())
+    y = mlp(hidden_states=problem.x)
+    assert torch.equal(y, mlp(problem.x))
+    y.backward(problem.dy)
+    twin = copy.deepcopy(mlp)
+    for name, parameter in mlp.named_parameters():
+        other = twin.get_parameter(name)
+        assert torch.equal(other.grad.to_local(), parameter.grad.to_local())
+        assert other.grad.to_local().data_ptr() != parameter.grad.to_local().data_ptr()
+    for inputs, named in (((), {}), ((problem.x, problem.x), {})):
+        with pytest.raises(TypeError, match="takes one tensor x"):
+            mlp(*inputs, **named)
+    y = mlp(problem.x)
+    with torch.no_grad():
+        mlp.up_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.backward(problem.dy)

@@ -155,3 +155,11 @@ def test_sizes_that_do_not_divide_are_left(ranks):
 
 def test_shared_parameters_and_ranks_that_differ(ranks):
     ranks(cases.leaves_what_is_shared)
+
+
+def test_gradients_are_clipped_as_the_page_says(ranks):
+    ranks(cases.clips_and_steps, 2)
+
+
+def test_a_model_on_the_meta_device(ranks):
+    ranks(cases.moves_from_the_meta_device, 2)

@@ -25,7 +25,7 @@ def test_every_activation_is_told_apart(activation, device):
     names = ("gate_proj", "up_proj") if activation in GATED_ACTIVATIONS else ("fc1",)
     assert (found.activation, found.fc1, found.hidden_size, found.ffn_hidden_size) == (activation, names, H, FFN)
     assert found.fc2 == ("down_proj" if activation in GATED_ACTIVATIONS else "fc2")
-    assert found.dropouts == ()
+    assert found.dropouts == (() if activation in GATED_ACTIVATIONS else ("dropout",)), "p may be raised later"
 
 
 def test_equal_sizes_leave_the_order_to_the_values():
@@ -81,6 +81,16 @@ class OtherGated(GatedMLP):
         return self.function(self, x)
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
 SOMETHING_ELSE = {
     "quick gelu": Other(lambda m, x: m.fc2((z := m.fc1(x)) * torch.sigmoid(1.702 * z))),
     "leaky relu": Other(lambda m, x: m.fc2(F.leaky_relu(m.fc1(x)))),
@@ -97,6 +107,13 @@ SOMETHING_ELSE = {
     "a tuple": Other(lambda m, x: (m.fc2(F.gelu(m.fc1(x))), None)),
     "one token less": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x)))[1:]),
     "mixing tokens": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x.flip(0))))),
+    "mixing tokens of the other dim": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x.cumsum(1))))),
+    "the first token alone": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x[:, :1])))),
+    "a clamp at 65504": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x)).clamp(max=65504))),
+    "no gradient of x": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x.detach())))),
+    "no gradient of the first linear": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x).detach()))),
+    "no gradient": Other(lambda m, x: m.fc2(F.gelu(m.fc1(x))).detach()),
+    "another gradient": Other(lambda m, x: m.fc2(F.gelu(m.fc1(Reversed.apply(x))))),
     "gate and up added": OtherGated(lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) + m.up_proj(x))),
     "up activated too": OtherGated(lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * F.silu(m.up_proj(x)))),
     "up plus one": OtherGated(lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * (m.up_proj(x) + 1))),
@@ -112,6 +129,11 @@ def test_something_else_is_refused(what):
 
 def hooked(module):
     module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def before_hooked(module):
+    module.register_forward_pre_hook(lambda *_: None)
     return module
 
 
@@ -161,6 +183,19 @@ def not_copyable():
 LOST = {
     "dropout before its second linear, which has no place here: drop .p=0.1.": lambda: Other(
         lambda m, x: m.fc2(m.drop(F.gelu(m.fc1(x)))), drop=nn.Dropout(0.1)
+    ),
+    r"which has no place here: 1 \(p=0.5\)|here: drop \(p=0.2\)": lambda: Other(
+        lambda m, x: m.drop(m.fc2(m.drop(F.gelu(m.fc1(x))))), drop=nn.Dropout(0.2)
+    ),
+    "fc1.weight has hooks": lambda: converted(lambda mlp: mlp.fc1.weight.register_hook(lambda grad: None)),
+    "fc1.bias has hooks": lambda: converted(
+        lambda mlp: mlp.fc1.bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    ),
+    r"fc1.weight has the shape \[0\]": lambda: converted(
+        lambda mlp: setattr(mlp.fc1, "weight", nn.Parameter(torch.empty(0)))
+    ),
+    "net.0 is fc1 as well|fc1 is net.0 as well": lambda: converted(
+        lambda mlp: setattr(mlp, "net", nn.Sequential(mlp.fc1, mlp.fc2))
     ),
     "computes something else in training": lambda: Other(dropout_by_function),
     "fc1 has hooks": lambda: Other(lambda m, x: m.fc2(F.gelu(m.fc1(x))), fc1=hooked(nn.Linear(H, FFN))),
@@ -243,6 +278,15 @@ class Whole(Layer):
         return self.function(self, x, *args)
 
 
+def test_hooks_of_the_module_itself_stay_and_do_not_see_the_search():
+    mlp, seen = PlainMLP(H, FFN, "gelu"), []
+    mlp.register_forward_hook(lambda _, inputs, y: seen.append(y) or 2 * y)
+    parallelize(nn.Sequential(mlp))
+    assert not seen
+    mlp(torch.randn(3, H))
+    assert len(seen) == 1
+
+
 def test_halves_may_be_called_by_forward():
     layer = Whole(lambda m, x: (m.output(m.intermediate(y := m.attention(x)), y),)).eval()
     x = torch.randn(5, 3, H)
@@ -274,12 +318,17 @@ def test_halves_are_found_and_the_rest_stays():
     [
         (Layer(Intermediate(dropout=0.1)), "dropout before its second linear"),
         (Layer(Intermediate(torch.tanh)), "does not compute output"),
-        (Layer(between=lambda hidden: 2 * hidden), "does not compute output"),
-        (Layer(between=lambda hidden: hidden.clamp(max=50)), "does not compute output"),
+        (Layer(between=lambda hidden: 2 * hidden), "changes what its intermediate returns"),
+        (Layer(between=lambda hidden: hidden.clamp(max=50)), "changes what its intermediate returns"),
+        (Layer(between=nn.Tanh()), "changes what its intermediate returns"),
+        (Layer(between=nn.Dropout(0.5)), "changes what its intermediate returns"),
+        (Layer(hooked(Intermediate())), "intermediate has hooks"),
+        (Layer(output=before_hooked(Output())), "output has hooks before its forward"),
         (Layer(output=hooked(Output())), None),
         (Layer(nn.Sequential(nn.Linear(H, FFN), nn.Linear(FFN, FFN))), "has 2 linears in intermediate, not one"),
-        (Whole(lambda m, x: m.output(2 * m.intermediate(x), x)), "does not compute output"),
-        (Whole(lambda m, x: x), "does not compute output"),
+        (Whole(lambda m, x: m.output(2 * m.intermediate(x), x)), "changes what its intermediate returns"),
+        (Whole(lambda m, x: m.output(m.intermediate(y := x[0]), y)), "does not compute .* of all tokens"),
+        (Whole(lambda m, x: x), "changes what its intermediate returns"),
         (Whole(lambda m, x, mask: m.output(m.intermediate(x), x)), "cannot be called with one tensor"),
     ],
 )

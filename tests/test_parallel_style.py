@@ -124,15 +124,25 @@ def test_a_module_that_does_something_else_is_refused_and_unchanged(mesh):
 
 
 def test_a_rank_with_another_mlp_is_an_error_on_every_rank(ranks_of):
-    """Not a wait in the scatter of the weights, nor two activations."""
-    for ok, (kind, message, _) in ranks_of(4).outcomes(style_cases.one_rank_differs, "selu"):
-        assert not ok
-        assert kind == "ValueError"
-        assert "does not compute fc2(act(fc1(x)))" in message
-    for ok, (kind, message, _) in ranks_of(4).outcomes(style_cases.one_rank_differs, "relu"):
-        assert not ok
-        assert kind == "ValueError"
-        assert re.search("ranks .* disagree:\n  rank 0: .*'gelu'.*\n  rank 1: .*'relu'", message)
+    """Not a wait in the scatter of the weights, corrupted ones, nor two activations."""
+    for change, message in (
+        ("selu", r"does not compute fc2\(act\(fc1\(x\)\)\)"),
+        ("relu", r"disagree:\n  rank 0: .*'gelu'.*\n  rank 1: .*'relu'"),
+        ("bias", r"disagree:\n  rank 0: .*fc2.bias.*\n  rank 1: "),
+        ("bf16", r"disagree:\n  rank 0: .*torch.float32.*\n  rank 1: .*torch.bfloat16"),
+    ):
+        for ok, (kind, text, _) in ranks_of(4).outcomes(style_cases.one_rank_differs, change):
+            assert not ok
+            assert kind == "ValueError"
+            assert re.search(message, text), text
+
+
+def test_reset_parameters_draws_full_weights(ranks):
+    ranks(style_cases.draws_anew, 2)
+
+
+def test_copies_names_and_changes_in_place(ranks):
+    ranks(style_cases.goes_on_after_a_copy, 2)
 
 
 def test_it_is_not_applied_twice(mesh):

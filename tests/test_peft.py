@@ -106,7 +106,7 @@ def test_target_modules_raise():
         adapted(tp.TensorParallelFFN(H, FFN), target_modules=["linear_fc1"])
     model, _ = huggingface_cases.build("llama")
     parallelize(model)
-    with pytest.raises(ValueError, match="Target module LinearShard"):
+    with pytest.raises(ValueError, match="Target module PlacedShard"):
         get_peft_model(model, LoraConfig(target_modules=["gate_proj"]))
 
 
@@ -186,3 +186,12 @@ def test_replaced_mlps_over_ranks(ranks_of):
     first, *others = ranks_of(4).run(attention_is_adapted)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     ranks_of(4).run(dtensors_are_refused)
+
+
+def test_the_second_half_of_an_mlp_of_two_modules_cannot_be_adapted():
+    """Loudly: the first half asks it for its weight without an input."""
+    model, inputs = huggingface_cases.build("bert")
+    parallelize(model)
+    peft = get_peft_model(model, LoraConfig(target_parameters=["output.dense.weight"], target_modules=[]))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        huggingface_cases.logits_of(peft, inputs)

@@ -102,3 +102,20 @@ def test_gate_and_up_in_one_memory_but_the_other_order(device):
     mlp.up_proj.weight.data, mlp.gate_proj.weight.data = up, gate
     parallelize(mlp)
     torch.testing.assert_close(mlp(problem.x), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_torch_func_sees_parameters(activation, device):
+    """functional_call under grad: the gradients of backward."""
+    problem = draw((2, 9), 32, 64, activation=activation, device=device)
+    mlp = as_module(problem)
+    parallelize(mlp)
+    parameters = dict(mlp.named_parameters())
+
+    def loss(parameters):
+        return (torch.func.functional_call(mlp, parameters, (problem.x,)) * problem.dy).sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,11 @@ from tpffn_triton.machines import Machine
 from tpffn_triton.mlp_halves import HALVES, has_halves, wiring_of_halves
 from tpffn_triton.mlp_twins import is_conv1d, sizes_of
 from tpffn_triton.mlp_wiring import Wiring, orders_of, wiring_of
-from tpffn_triton.tensor_parallel_mlp import Options, TensorParallelMLP, replace_mlp
+from tpffn_triton.tensor_parallel_mlp import Options, TensorParallelMLP, describe, replace_mlp
 from tpffn_triton.validation import check_sizes
 
 # Names and classes of what deserves a line in the report where it cannot be replaced.
-_NAMES = re.compile(r"mlp|ffn|feed_?forward|mo?e|(shared_)?experts?|DenseReluDense", re.IGNORECASE)
+_NAMES = re.compile(r"mlp|ffn|feed_?forward|moe|(shared_)?experts?|DenseReluDense", re.IGNORECASE)
 _CLASSES = re.compile(r".*(MLP|FFN|FeedForward|Experts?|MoE|MoeBlock)", re.IGNORECASE)
 
 
@@ -105,9 +105,10 @@ def parallelize(
         raise error
     mesh = None
     if group is not None:
-        compare(group, {"MLPs": f"{len(found)} MLPs: " + ", ".join(f"{name} {wiring}" for name, _, wiring in found)})
-        device_type = next(model.parameters()).device.type
-        mesh = tp_group if isinstance(tp_group, DeviceMesh) else DeviceMesh.from_group(group, device_type)
+        compare(group, {"MLPs": ", ".join(f"{name} {describe(module, wiring)}" for name, module, wiring in found)})
+        mesh = (
+            tp_group if isinstance(tp_group, DeviceMesh) else DeviceMesh.from_group(group, _device_type(group, model))
+        )
     replaced: list[Replaced] = []
     for name, module, wiring in found:
         sizes = wiring.hidden_size, wiring.ffn_hidden_size
@@ -122,7 +123,10 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
     found: list[tuple[str, nn.Module, Wiring]] = []
     left: list[Left] = []
     seen = set()
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    # From how many places each parameter and each linear is reached.
+    uses = Counter(
+        id(part) for module in model.modules() for part in (*module._parameters.values(), *module._modules.values())
+    )
 
     def visit(name: str, module: nn.Module) -> None:
         if module in seen:  # layers that share one
@@ -133,7 +137,7 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
             try:
                 wiring = (wiring_of_halves if has_halves(module) else wiring_of)(module)
                 check_sizes(wiring.hidden_size, wiring.ffn_hidden_size, world_size)
-                if world_size > 1 and (shared := [n for n, p in _parameters(module, wiring) if uses[id(p)] > 1]):
+                if world_size > 1 and (shared := [name for name, part in _parts(module, wiring) if uses[id(part)] > 1]):
                     raise ValueError(f"shares {', '.join(shared)} with another module, which shards would not")
             except ValueError as error:
                 left.append(Left(name, type(module).__name__, str(error)))
@@ -147,11 +151,19 @@ def _survey(model: nn.Module, world_size: int) -> tuple[list[tuple[str, nn.Modul
     return found, left
 
 
-def _parameters(module: nn.Module, wiring: Wiring) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that become shards, by name."""
+def _parts(module: nn.Module, wiring: Wiring) -> Iterator[tuple[str, Any]]:
+    """Yield the linears that become shards and their parameters, by name."""
     where = ("", "") if not has_halves(module) else tuple(f"{half}." for half in HALVES)
     for name in (*(f"{where[0]}{fc1}" for fc1 in wiring.fc1), f"{where[1]}{wiring.fc2}"):
-        yield from module.get_submodule(name).named_parameters(name)
+        linear = module.get_submodule(name)
+        yield name, linear
+        yield from linear.named_parameters(name)
+
+
+def _device_type(group: dist.ProcessGroup, model: nn.Module) -> str:
+    """Return where the model is or, on the meta device, will be."""
+    kind = next(model.parameters()).device.type
+    return kind if kind != "meta" else "cuda" if "nccl" in dist.get_backend(group) else "cpu"
 
 
 def _looks_like_one(name: str, module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ By its values, as in mlp_wiring.py: a twin of the layer must compute the same as
 whole FFN and fc2 passes on what it is given. In both, the layer's other modules return their first argument.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from tpffn_triton.mlp_twins import (
     check_plain,
     linears_of,
     probe,
-    same_values,
+    results_of,
+    same_results,
     sizes_of,
     twin_of,
     values_of,
@@ -49,16 +51,20 @@ def wiring_of_halves(layer: Any) -> Wiring:
     hidden_size, ffn_hidden_size = sizes_of(fc1)
     if sizes_of(fc2) != (ffn_hidden_size, hidden_size):
         raise ValueError(f"has linears that do not lead from H to F and back: {sizes_of(fc1)}, {sizes_of(fc2)}")
+    check_called("intermediate", layer.intermediate)
+    if layer.output._forward_pre_hooks:
+        raise ValueError("output has hooks before its forward, which would see another tensor")
     twin, small = _twin(layer, [(fc1, hidden_size, SMALL_F), (fc2, SMALL_F, hidden_size)])
     x = probe(hidden_size)
-    right = _values(twin, x)
-    in_training = values_of(twin.intermediate.train(), x)
-    if not same_values(in_training, values_of(twin.intermediate.eval(), x)):
+    for mode in (twin.train(), twin.eval()):
+        _check_passed_on(mode, x)
+    if not torch.equal(values_of(twin.intermediate.train(), x), values_of(twin.intermediate.eval(), x)):
         raise ValueError("has dropout before its second linear, which has no place here")
+    right = results_of(_chunk(twin), x, small)
     for activation in PLAIN_ACTIVATIONS:
-        twin.intermediate = whole = _Whole(small, activation)
+        twin.intermediate = _Whole(small, activation)
         twin.output.set_submodule(fc2_name, nn.Identity())
-        if same_values(_values(twin, x), right) and whole.called:
+        if same_results(results_of(_chunk(twin), x, small), right):
             return Wiring(activation, (fc1_name,), fc2_name, (), hidden_size, ffn_hidden_size)
     raise ValueError(f"does not compute output(fc2(act(fc1(x))), x) with one of {', '.join(PLAIN_ACTIVATIONS)}")
 
@@ -66,22 +72,42 @@ def wiring_of_halves(layer: Any) -> Wiring:
 class _Whole(nn.Module):
     def __init__(self, linears: list[nn.Linear], activation: str) -> None:
         super().__init__()
-        self.linears, self.activation, self.called = linears, activation, False
+        self.linears, self.activation = linears, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        self.called = True
         fc1, fc2 = self.linears
         return fc2(ACTIVATIONS[self.activation](fc1(x)))
 
 
 class _PassesOn(nn.Module):
     def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return first
+        return first.view_as(first) if isinstance(first, Tensor) else first
 
 
-def _values(layer: Any, x: Tensor) -> Any:
-    found = values_of(getattr(layer, "feed_forward_chunk", layer), x)
-    return found[0] if isinstance(found, tuple) and found else found
+def _chunk(layer: Any) -> Callable[[Tensor], Any]:
+    """Return what calls both halves."""
+
+    def call(x: Tensor) -> Any:
+        found = getattr(layer, "feed_forward_chunk", layer)(x)
+        return found[0] if isinstance(found, tuple) and found else found
+
+    return call
+
+
+def _check_passed_on(twin: Any, x: Tensor) -> None:
+    """Raises: ValueError: `output` does not get all that `intermediate` returns, as it is; each is not called once."""
+    returned, given = [], []
+    handles = [
+        twin.intermediate.register_forward_hook(lambda _, inputs, result: returned.append(result)),
+        twin.output.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0] if inputs else None)),
+    ]
+    y = values_of(_chunk(twin), x)
+    for handle in handles:
+        handle.remove()
+    if not (len(returned) == len(given) == 1 and given[0] is returned[0]):
+        raise ValueError("changes what its intermediate returns before its output gets it")
+    if not isinstance(y, Tensor) or y.shape != x.shape or given[0].shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"does not compute [..., H] of all tokens: {getattr(y, 'shape', y)} of {list(x.shape)}")
 
 
 def _only(where: str, linears: dict[str, nn.Module]) -> tuple[str, nn.Module]:

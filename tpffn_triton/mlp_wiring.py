@@ -1,8 +1,8 @@
 """Find out what an MLP written by somebody else computes: which of its linears is which, and its activation.
 
-Not by names, but by its values: a twin of the module (mlp_twins.py) is called on pre-activations from 1e-2 to 1e3, and
-compared with the reference. What fits in none of the ways known is refused, so that dropout between the linears, a
-norm, a factor or a clamp is never lost.
+Not by names, but by its values: a twin of the module (mlp_twins.py) is called on pre-activations from 1e-2 to 1e6, and
+its results and gradients compared with the reference's. What fits in none of the ways known is refused, so that dropout
+between the linears, a norm, a factor or a clamp is never lost.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from tpffn_triton.mlp_twins import (
     TwinCallError,
     linears_of,
     probe,
-    same_values,
+    results_of,
+    same_results,
     sizes_of,
     twin_of,
     values_of,
@@ -90,32 +91,37 @@ def orders_of(linears: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
 def _find(mlp: nn.Module, linears: dict[str, nn.Module], fc1: tuple[str, ...], fc2: str) -> Wiring | None:
     """Return the wiring if the linears have these roles and the rest is an activation and dropout behind fc2."""
     small = [(linears[name], SMALL_H, SMALL_F) for name in fc1] + [(linears[fc2], SMALL_F, SMALL_H)]
-    twin, (*first, last) = twin_of(mlp, small)
+    twin, parts = twin_of(mlp, small)
+    *first, last = parts
     x = probe()
-    pre_act, found = torch.cat([linear(x) for linear in first], -1), values_of(twin.eval(), x)
+    found = results_of(twin.eval(), x, parts)
+
+    def reference(x: Tensor) -> Tensor:
+        return last(FUNCTIONS[activation](torch.cat([linear(x) for linear in first], -1)))
+
     for activation in ACTIVATIONS:
-        if halves(activation) == len(fc1) and same_values(found, last(FUNCTIONS[activation](pre_act))):
+        if halves(activation) == len(fc1) and same_results(found, results_of(reference, x, parts)):
             hidden_size, ffn_hidden_size = sizes_of(linears[fc1[0]])
             return Wiring(activation, fc1, fc2, _dropouts_behind(twin, x), hidden_size, ffn_hidden_size)
     return None
 
 
 def _dropouts_behind(twin: nn.Module, x: Tensor) -> tuple[str, ...]:
-    """Return the names of the dropout modules that act on the result.
+    """Return the names of the dropout modules that act on the result, and on nothing else.
 
     Raises: ValueError: others have p > 0; or without dropout modules training gives another result.
     """
-    seen: dict[str, Tensor] = {}
-    modules = {n: m for n, m in twin.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0}
+    modules = {n: m for n, m in twin.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
         for name, module in modules.items()
     ]
     right = values_of(twin.eval(), x)
     for handle in handles:
         handle.remove()
-    behind = tuple(name for name, t in seen.items() if torch.equal(t, right))
-    if inside := [f"{name} (p={modules[name].p})" for name in modules if name not in behind]:
+    behind = tuple(name for name, calls in seen.items() if len(calls) == 1 and torch.equal(calls[0], right))
+    if inside := [f"{n} (p={m.p})" for n, m in modules.items() if m.p > 0 and seen[n] and n not in behind]:
         raise ValueError(f"has dropout before its second linear, which has no place here: {', '.join(inside)}")
     for name in behind:
         modules[name].p = 0.0

@@ -5,19 +5,20 @@
 takes the place of ColwiseParallel and RowwiseParallel on the linears, with their placements and communication.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from tpffn_triton.agreement import compare, reject
 from tpffn_triton.collectives import resolve_group
 from tpffn_triton.machines import Machine
 from tpffn_triton.mlp_wiring import wiring_of
-from tpffn_triton.tensor_parallel_mlp import Options, TensorParallelMLP, replace_mlp
+from tpffn_triton.tensor_parallel_mlp import Options, TensorParallelMLP, describe, only_input, replace_mlp
 from tpffn_triton.validation import check_activation, check_sizes
 
 
@@ -77,20 +78,19 @@ class FusedFFNParallel(ParallelStyle):
                 reject(group, error)  # the others are about to communicate
             raise
         if group is not None:
-            compare(group, {"MLP": f"{wiring} by {self}"})
+            compare(group, {"MLP": f"{describe(module, wiring)}, by {self}"})
         replace_mlp(module, wiring, device_mesh, self.options, src_data_rank=self.src_data_rank)
-        prepare: Any = self._prepare_input  # annotated in torch as returning nothing
-        return distribute_module(module, device_mesh, None, prepare, self._prepare_output)
+        module.register_forward_pre_hook(partial(self._prepare_input, device_mesh), with_kwargs=True)
+        module.register_forward_hook(partial(self._prepare_output, device_mesh))
+        return module
 
-    def _prepare_input(self, module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
-        x, *rest = inputs
+    def _prepare_input(self, mesh: DeviceMesh, module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        x = only_input(inputs, named)
         if isinstance(self.layout, Shard) and self.layout.dim % x.dim() == x.dim() - 1:
             raise ValueError(f"{self.layout} would cut the features of x {list(x.shape)}: cut a dim that counts tokens")
-        if isinstance(x, DTensor):
-            x = x.redistribute(mesh, [self.layout]).to_local()
-        return (x, *rest)
+        return (x.redistribute(mesh, [self.layout]).to_local() if isinstance(x, DTensor) else x,), {}
 
-    def _prepare_output(self, module: nn.Module, y: Tensor, mesh: DeviceMesh) -> Any:
+    def _prepare_output(self, mesh: DeviceMesh, module: nn.Module, inputs: tuple, y: Tensor) -> Any:
         return y if self.use_local_output else DTensor.from_local(y, mesh, [self.layout], run_check=False)
 
     def __repr__(self) -> str:

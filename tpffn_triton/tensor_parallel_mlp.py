@@ -11,8 +11,8 @@ over as it is. Where something has moved one of them (FSDP2, `parameter.data = .
 copied together at each call. Conv1D's weights lie transposed in memory, for the same reason.
 """
 
-import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +60,34 @@ class _Fused:
     copies: bool = False  # whether it was said that gate and up are copied together
 
 
+class PlacedShard(LinearShard):
+    """One rank's weight [out_features, in_features] and bias, plain or DTensors, of what was an nn.Linear."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the full weight and bias as nn.Linear does, and keep this rank's."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight.shape[1])  # a DTensor's shape is that of the whole
+            self.bias.uniform_(-bound, bound)
+
+
 class Conv1DShard(LinearShard):
     """One rank's weight [in_features, out_features] and bias of transformers' Conv1D."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the full weight and bias as Conv1D does, and keep this rank's."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (weight [out_features, in_features], bias)."""
         return self.weight.t(), self.bias
 
 
-class PassingShard(LinearShard):
+class PassingShard(PlacedShard):
     """The second linear of an MLP that is two modules, of which the first computes the whole."""
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -77,10 +96,18 @@ class PassingShard(LinearShard):
         return inputs[0] if inputs else (self.weight, self.bias)
 
 
+def only_input(inputs: tuple, named: dict) -> Any:
+    """Return the one argument of a call. Raises: TypeError: there is another number of them."""
+    values = (*inputs, *named.values())
+    if len(values) != 1:
+        raise TypeError(f"the MLP takes one tensor x, got {len(inputs)} by position and {list(named)} by name")
+    return values[0]
+
+
 class TensorParallelMLP(nn.Module):
     """Compute fc2(act(fc1(x))), gated fc2(act(gate(x)) · up(x)), by one `tpffn_triton.ffn`, then the module's dropouts.
 
-    `replace_mlp` makes one of a module, in place. Its linears become LinearShards, which hand out their weights when
+    `replace_mlp` makes one of a module, in place. Its linears become PlacedShards, which hand out their weights when
     called; whatever else it has stays.
 
     x, y    [..., H], the same on every rank of the group; with sequence_parallel this rank's tokens, equally many on
@@ -89,8 +116,12 @@ class TensorParallelMLP(nn.Module):
 
     _fused: _Fused
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., H]. Raises: as `tpffn_triton.ffn`."""
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Return y [..., H] of x, by position or under whatever name the module's callers know it.
+
+        Raises: TypeError: not one argument. And as `tpffn_triton.ffn`.
+        """
+        x = only_input(inputs, named)
         fused = self._fused
         wiring, options = fused.wiring, fused.options
         # By name: what somebody has wrapped around a linear is called, not passed by.
@@ -98,7 +129,7 @@ class TensorParallelMLP(nn.Module):
         w1, b1 = fc1[0] if len(fc1) == 1 else self._joined(*fc1)
         home = fused.second_half
         w2, b2 = _local(self.get_submodule(wiring.fc2)(x) if home is None else home.get_submodule(wiring.fc2)())
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transforming()):
             check_memory(w1, w2)
         if options.sequence_parallel and b2 is not None:
             b2 = copy_to_tp_region(b2, fused.tp_group)  # its gradient is of this rank's tokens
@@ -136,6 +167,9 @@ class TensorParallelMLP(nn.Module):
         gate, up = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
         if _adjacent(gate, up) or not (gate.is_contiguous() and up.is_contiguous()):
             return
+        mesh = self._fused.mesh
+        if mesh is not None and gate.device.type not in (mesh.device_type, "meta"):
+            return  # from_local would move them to the mesh's devices
         for weight, half in zip(weights, torch.cat([gate.detach(), up.detach()]).split(gate.shape[0]), strict=True):
             if isinstance(weight, DTensor):
                 # Anew: torch.compile does not take a DTensor whose local tensor has moved.
@@ -156,10 +190,11 @@ class TensorParallelMLP(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelMLP":
         """Copy everything but the mesh and the process group, which the copies share."""
-        for weight in self._fc1_weights():
-            if isinstance(weight, DTensor):  # torch copies none whose local tensor begins inside of its storage
-                parameter = memo[id(weight)] = _with_local(weight, weight.to_local().detach().clone())
-                parameter.grad = copy.deepcopy(weight.grad, memo)
+        parameters: list[Any] = [p for p in self.parameters() if isinstance(p, DTensor)]
+        for parameter in parameters:  # torch copies none whose local tensor begins inside of its storage
+            grad = parameter.grad
+            copied = memo[id(parameter)] = _with_local(parameter, parameter.to_local().detach().clone())
+            copied.grad = None if grad is None else _with_local(grad, grad.to_local().clone()).detach()
         twin = copy_but_share(self, memo, self._fused.mesh, self._fused.tp_group)
         twin._lay_side_by_side()
         return twin
@@ -195,23 +230,34 @@ def replace_mlp(
     """
     group = resolve_group(mesh)
     check_sizes(wiring.hidden_size, wiring.ffn_hidden_size, 1 if mesh is None else mesh.size())
-    for name in wiring.fc1:
-        mlp.set_submodule(name, _column_parallel(mlp.get_submodule(name), mesh, src_data_rank))
     home = mlp if second_half is None else second_half
-    kind = LinearShard if second_half is None else PassingShard
-    home.set_submodule(wiring.fc2, _row_parallel(home.get_submodule(wiring.fc2), mesh, src_data_rank, kind))
+    kind = PlacedShard if second_half is None else PassingShard
+    with torch.inference_mode(False):  # parameters made in it could never be trained
+        for name in wiring.fc1:
+            mlp.set_submodule(name, _column_parallel(mlp.get_submodule(name), mesh, src_data_rank))
+        home.set_submodule(wiring.fc2, _row_parallel(home.get_submodule(wiring.fc2), mesh, src_data_rank, kind))
     # Not a new module: torch's parallelize_module ignores what a style returns.
     mlp.__class__ = TensorParallelMLP
     own: Any = mlp
     # Not by setattr: second_half has a place in the model already.
     own.__dict__["_fused"] = _Fused(wiring, mesh, group, options, second_half)
-    own._lay_side_by_side()
+    with torch.inference_mode(False):
+        own._lay_side_by_side()
+
+
+def describe(module: nn.Module, wiring: Wiring) -> str:
+    """Return what ranks compare before they communicate: the wiring, and every parameter's kind."""
+    parameters = (
+        f"{name} {list(p.shape)} {p.dtype} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
+        for name, p in module.named_parameters()
+    )
+    return f"{wiring} of {'; '.join(parameters)}"
 
 
 def _column_parallel(linear: nn.Module, mesh: DeviceMesh | None, src_data_rank: int | None) -> LinearShard:
     in_features, out_features = sizes_of(linear)
     out_features //= 1 if mesh is None else mesh.size()
-    return _shard(LinearShard, linear, (in_features, out_features), (Shard(0), Shard(0)), mesh, src_data_rank)
+    return _shard(PlacedShard, linear, (in_features, out_features), (Shard(0), Shard(0)), mesh, src_data_rank)
 
 
 def _row_parallel(
@@ -282,9 +328,12 @@ class _SideBySide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.rows = gate.shape[0], up.shape[0]
+        ctx.up, ctx.version = up, up._version  # the matrix itself shares gate's counter
         return gate.detach().as_strided((sum(ctx.rows), gate.shape[1]), gate.stride())
 
     @staticmethod
     def backward(ctx: Any, dw1: Tensor) -> tuple[Tensor, Tensor]:
+        if ctx.up._version != ctx.version:
+            raise RuntimeError("a weight needed for backward was modified in place: that of the up projection")
         gate, up = dw1.split(ctx.rows)
         return gate, up
