@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import end
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tpffn_triton.huggingface import parallelize
@@ -129,6 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    dist.destroy_process_group()  # outside of main, whose model holds the group
-    sys.exit(status)
+    end(main())

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from char_gpt import CharGPT, Sizes
+from ending import end
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -119,8 +120,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Generate, with and without a graph."""
+def main() -> int:
+    """Generate, with and without a graph; return 1 if the texts differ."""
     args = parse_arguments()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -133,16 +134,19 @@ def main() -> None:
     if cuda:
         with torch.inference_mode():
             ways["graph"] = captured(model, torch.zeros(1, window, dtype=torch.long, device=device))
-    text = ""
+    texts = []
     for name, forward in ways.items():
         torch.manual_seed(args.seed)
         tokens, seconds = generate(forward, prompt, window, args.characters, args.temperature)
-        text = args.sizes.decode(tokens)
+        texts.append(args.sizes.decode(tokens))
         say(f"{name}: {1e3 * seconds:.2f} ms a character, {dist.get_world_size()} ranks on {device.type}")
     if not cuda:
         say("no CUDA graph: there is no GPU")
     if dist.get_rank() == 0:
-        print(text)
+        print(texts[0])
+    if texts[-1] != texts[0]:
+        say(f"the graph wrote something else: {texts[-1]!r}")
+    return int(texts[-1] != texts[0])
 
 
 def say(text: str) -> None:
@@ -152,5 +156,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    dist.destroy_process_group()  # outside of main, whose model holds the group
+    end(main())

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from char_gpt import TEXT, CharGPT, Sizes, read_text
+from ending import end
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -98,7 +99,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             show(bar, loss_report.line(rows[shown:], list(titles)))
             shown = len(rows)
     bar.close()
-    report(args, rows, titles, device)
+    classes = {name: type(trainer.model.blocks[0].mlp).__name__ for name, trainer in trainers.items()}
+    report(args, rows, titles, classes, device)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
         model = list(trainers.values())[-1].model
@@ -122,7 +124,11 @@ def show(bar: Any, text: str) -> None:
 
 
 def report(
-    args: argparse.Namespace, rows: list[dict[str, float]], titles: dict[str, str], device: torch.device
+    args: argparse.Namespace,
+    rows: list[dict[str, float]],
+    titles: dict[str, str],
+    classes: dict[str, str],
+    device: torch.device,
 ) -> None:
     """Print the summary, and write the files that were asked for."""
     if dist.get_rank():
@@ -131,7 +137,7 @@ def report(
     print("\nmedian step: " + ", ".join(f"{title} {found[f'ms_{name}']:.1f} ms" for name, title in titles.items()))
     print(f"largest difference from dense: {found['largest_difference']:.1e}")
     about: dict[str, Any] = loss_report.environment(device)
-    about |= {"ranks": dist.get_world_size(), "tp": args.tp, "collectives": dist.get_backend()}
+    about |= {"ranks": dist.get_world_size(), "tp": args.tp, "collectives": dist.get_backend(), "mlps": classes}
     about |= {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     octets = args.characters.encode()
     about |= {"text_bytes": len(octets), "text_sha256": hashlib.sha256(octets).hexdigest()}
@@ -210,6 +216,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Outside of main, whose models hold the groups: gloo's threads end with their group, and one that outlives the
-    # interpreter may abort the process.
-    dist.destroy_process_group()
+    end()

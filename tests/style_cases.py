@@ -290,7 +290,7 @@ def draws_anew(rank, world_size, tp):
 
 
 def goes_on_after_a_copy(rank, world_size, tp):
-    """A copy has gradients too; calls by any name; a meta model moves to where its mesh is."""
+    """A copy has gradients too; x may be given by any name."""
     use("native")
     mesh = mesh_of(tp)["tp"]
     problem = draw(LEAD, H, FFN, activation="swiglu")
@@ -307,8 +307,3 @@ def goes_on_after_a_copy(rank, world_size, tp):
     for inputs, named in (((), {}), ((problem.x, problem.x), {})):
         with pytest.raises(TypeError, match="takes one tensor x"):
             mlp(*inputs, **named)
-    y = mlp(problem.x)
-    with torch.no_grad():
-        mlp.up_proj.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified"):
-        y.backward(problem.dy)

@@ -141,7 +141,7 @@ def test_reset_parameters_draws_full_weights(ranks):
     ranks(style_cases.draws_anew, 2)
 
 
-def test_copies_names_and_changes_in_place(ranks):
+def test_copies_with_gradients_and_calls_by_name(ranks):
     ranks(style_cases.goes_on_after_a_copy, 2)
 
 

@@ -1,16 +1,22 @@
 """Replaced MLPs on a GPU, and interpreted on CPU tensors; over several by NCCL. The rest is tested on CPU ranks."""
 
 import copy
+import importlib
 
 import pytest
 import style_cases
 import torch
+import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, exact, results
 from mlp_modules import as_module, names_of
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from torchrun import EXAMPLES
 
 from tpffn_triton.huggingface import parallelize
 from tpffn_triton.kernels.activations import ACTIVATIONS
+from tpffn_triton.parallel_style import FusedFFNParallel
 from tpffn_triton.reference import ffn_reference
 from tpffn_triton.tensor_parallel_mlp import TensorParallelMLP
 
@@ -119,3 +125,24 @@ def test_torch_func_sees_parameters(activation, device):
     loss(parameters).backward()
     for name, parameter in parameters.items():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_served_model_is_one_cuda_graph(monkeypatch):
+    """examples/serve_char_gpt.py's capture, over NCCL with one rank: DTensors on a GPU."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    char_gpt, serve = importlib.import_module("char_gpt"), importlib.import_module("serve_char_gpt")
+    sizes = char_gpt.Sizes("abcdef", 2, 64, 128, 4, 32, True)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = char_gpt.CharGPT(sizes).cuda().eval()
+        mesh = init_device_mesh("cuda", (1,))
+        parallelize_module(model, mesh, {"blocks.*.mlp": FusedFFNParallel()})
+        with torch.inference_mode():
+            replay = serve.captured(model, torch.zeros(1, 32, dtype=torch.long, device="cuda"))
+        prompt = torch.tensor([0, 1, 2], device="cuda")
+        texts = [serve.generate(forward, prompt, 32, 40, 0.0)[0] for forward in (model, replay)]
+        assert torch.equal(*texts)
+        assert texts[0].shape == (43,)
+    finally:
+        dist.destroy_process_group()

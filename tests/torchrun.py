@@ -32,8 +32,8 @@ def torchrun(
     return done
 
 
-def run_block(code: str, folder: Path, prologue: str = "") -> str:
+def run_block(code: str, folder: Path, prologue: str = "", epilogue: str = "") -> str:
     """Run a page's Python as example.py, by torchrun where a comment in it says so; return its output."""
-    (folder / "example.py").write_text(prologue + code)
+    (folder / "example.py").write_text(prologue + code + epilogue)
     processes = [int(number) for number in re.findall(r"# torchrun --nproc-per-node (\d+) example\.py", code)]
     return torchrun(*processes or [0], "example.py", folder=folder).stdout
