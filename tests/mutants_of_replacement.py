@@ -16,15 +16,39 @@ MUTANTS = {
         ),
         (
             "twins compared by the largest token alone",
-            "error, size = ((t.abs().amax(-1)) for t in (values - right, right))",
-            "error, size = ((t.abs().amax()) for t in (values - right, right))",
+            "error, size = ((t.detach().abs().amax(-1)) for t in (values - right, right))",
+            "error, size = ((t.detach().abs().amax()) for t in (values - right, right))",
             WIRING.format("something_else"),
         ),
         (
             "twins not called on large values",
-            "torch.logspace(-2, 3,",
+            "torch.logspace(-2, 6,",
             "torch.logspace(-2, 0,",
             WIRING.format("something_else"),
+        ),
+        (
+            "gradients not compared",
+            "return len(results) == len(right) and all(map(same_values, results, right))",
+            "return same_values(results[0], right[0])",
+            WIRING.format("something_else"),
+        ),
+        (
+            "tokens of one dim alone",
+            "SMALL_H, SMALL_F, TOKENS = 6, 10, (16, 6)",
+            "SMALL_H, SMALL_F, TOKENS = 6, 10, (96, 1)",
+            WIRING.format("something_else"),
+        ),
+        (
+            "hooks on parameters passed over",
+            "if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:",
+            "if False:",
+            WIRING.format("lost"),
+        ),
+        (
+            "the search calls somebody's hooks",
+            "getattr(part, kind).clear()  # somebody's, who waits for real calls",
+            "pass",
+            WIRING.format("do_not_see"),
         ),
         (
             "hooks inside of a module passed over",
@@ -65,6 +89,12 @@ MUTANTS = {
             WIRING.format("lost"),
         ),
         (
+            "a dropout used twice taken for one behind",
+            "if len(calls) == 1 and torch.equal(calls[0], right)",
+            "if calls and torch.equal(calls[-1], right)",
+            WIRING.format("lost"),
+        ),
+        (
             "dropout behind an MLP lost",
             "_dropouts_behind(twin, x), hidden_size",
             "(), hidden_size",
@@ -91,14 +121,26 @@ MUTANTS = {
     ],
     "tpffn_triton/mlp_halves.py": [
         (
-            "halves that were never called accepted",
-            "and whole.called:",
-            "and True:",
+            "what lies between halves lost",
+            "if not (len(returned) == len(given) == 1 and given[0] is returned[0]):",
+            "if False:",
             WIRING.format("halves"),
         ),
         (
-            "dropout between halves lost",
-            "if not same_values(in_training, values_of(twin.intermediate.eval(), x)):",
+            "halves looked at outside of training alone",
+            "for mode in (twin.train(), twin.eval()):",
+            "for mode in (twin.eval(),):",
+            WIRING.format("halves"),
+        ),
+        (
+            "halves of one token taken",
+            "if not isinstance(y, Tensor) or y.shape != x.shape or given[0].shape[:-1] != x.shape[:-1]:",
+            "if False:",
+            WIRING.format("halves"),
+        ),
+        (
+            "dropout inside of the first half lost",
+            "if not torch.equal(values_of(twin.intermediate.train(), x), values_of(twin.intermediate.eval(), x)):",
             "if False:",
             WIRING.format("halves"),
         ),
@@ -145,6 +187,24 @@ MUTANTS = {
             "        self._lay_side_by_side()  # to() and its like move each by itself\n",
             "",
             SIDE,
+        ),
+        (
+            "ranks do not compare their parameters",
+            "return f\"{wiring} of {'; '.join(parameters)}\"",
+            "return str(wiring)",
+            STYLE.format("rank_with"),
+        ),
+        (
+            "a copy without its gradients",
+            "copied.grad = None if grad is None else",
+            "copied.grad = None if True else",
+            STYLE.format("copies"),
+        ),
+        (
+            "reset_parameters draws too widely",
+            "nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))",
+            "nn.init.kaiming_uniform_(self.weight, a=1)",
+            STYLE.format("reset"),
         ),
         (
             "moving a weight drops its gradient",
@@ -218,14 +278,14 @@ MUTANTS = {
         ),
         (
             "ranks do not compare their MLPs",
-            'compare(group, {"MLP": f"{wiring} by {self}"})',
+            'compare(group, {"MLP": f"{describe(module, wiring)}, by {self}"})',
             "compare(group, {})",
             STYLE.format("rank_with"),
         ),
         (
             "DTensors taken as they are",
-            "x = x.redistribute(mesh, [self.layout]).to_local()",
-            "x = x.to_local()",
+            "x.redistribute(mesh, [self.layout]).to_local() if",
+            "x.to_local() if",
             STYLE.format("dtensors"),
         ),
         (
@@ -244,8 +304,8 @@ MUTANTS = {
     "tpffn_triton/huggingface.py": [
         (
             "shared parameters go apart",
-            "if uses[id(p)] > 1]",
-            "if uses[id(p)] > 2]",
+            "if uses[id(part)] > 1]",
+            "if uses[id(part)] > 2]",
             HUGGINGFACE.format("shared"),
         ),
         (

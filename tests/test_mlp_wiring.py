@@ -327,6 +327,10 @@ def test_halves_are_found_and_the_rest_stays():
         (Layer(output=hooked(Output())), None),
         (Layer(nn.Sequential(nn.Linear(H, FFN), nn.Linear(FFN, FFN))), "has 2 linears in intermediate, not one"),
         (Whole(lambda m, x: m.output(2 * m.intermediate(x), x)), "changes what its intermediate returns"),
+        (
+            Whole(lambda m, x: m.output(F.dropout(m.intermediate(x), 0.5, m.training), x)),
+            "changes what its intermediate returns",
+        ),
         (Whole(lambda m, x: m.output(m.intermediate(y := x[0]), y)), "does not compute .* of all tokens"),
         (Whole(lambda m, x: x), "changes what its intermediate returns"),
         (Whole(lambda m, x, mask: m.output(m.intermediate(x), x)), "cannot be called with one tensor"),
