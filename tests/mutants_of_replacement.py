@@ -27,7 +27,7 @@ MUTANTS = {
             WIRING.format("something_else"),
         ),
         (
-            "gradients not compared",
+            "gradients of twins not compared",
             "return len(results) == len(right) and all(map(same_values, results, right))",
             "return same_values(results[0], right[0])",
             WIRING.format("something_else"),
@@ -128,8 +128,8 @@ MUTANTS = {
         ),
         (
             "halves looked at outside of training alone",
-            "for mode in (twin.train(), twin.eval()):",
-            "for mode in (twin.eval(),):",
+            "for training in (True, False):",
+            "for training in (False,):",
             WIRING.format("halves"),
         ),
         (

@@ -56,8 +56,8 @@ def wiring_of_halves(layer: Any) -> Wiring:
         raise ValueError("output has hooks before its forward, which would see another tensor")
     twin, small = _twin(layer, [(fc1, hidden_size, SMALL_F), (fc2, SMALL_F, hidden_size)])
     x = probe(hidden_size)
-    for mode in (twin.train(), twin.eval()):
-        _check_passed_on(mode, x)
+    for training in (True, False):
+        _check_passed_on(twin.train(training), x)
     if not torch.equal(values_of(twin.intermediate.train(), x), values_of(twin.intermediate.eval(), x)):
         raise ValueError("has dropout before its second linear, which has no place here")
     right = results_of(_chunk(twin), x, small)
