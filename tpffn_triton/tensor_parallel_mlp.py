@@ -190,12 +190,13 @@ class TensorParallelMLP(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelMLP":
         """Copy everything but the mesh and the process group, which the copies share."""
-        parameters: list[Any] = [p for p in self.parameters() if isinstance(p, DTensor)]
+        mesh = self._fused.mesh
+        parameters: list[Any] = [p for p in self.parameters() if isinstance(p, DTensor) and p.device_mesh == mesh]
         for parameter in parameters:  # torch copies none whose local tensor begins inside of its storage
             grad = parameter.grad
             copied = memo[id(parameter)] = _with_local(parameter, parameter.to_local().detach().clone())
             copied.grad = None if grad is None else _with_local(grad, grad.to_local().clone()).detach()
-        twin = copy_but_share(self, memo, self._fused.mesh, self._fused.tp_group)
+        twin = copy_but_share(self, memo, mesh, self._fused.tp_group)
         twin._lay_side_by_side()
         return twin
 
