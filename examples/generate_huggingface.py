@@ -16,13 +16,12 @@ import importlib.util
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ending import end
+from rank_process import end, start
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tpffn_triton.huggingface import parallelize
@@ -100,11 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Generate, replace, generate again; return 1 if tokens differ in fp32, where they must not."""
     args = parse_arguments()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    device = start()
     model, tokenizer = build(args, device)
     if tokenizer is None:
         inputs: Any = {"input_ids": torch.arange(2, 10, device=device)[None]}

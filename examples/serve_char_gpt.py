@@ -14,13 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from char_gpt import CharGPT, Sizes
-from ending import end
+from rank_process import end, start
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -123,15 +122,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Generate, with and without a graph; return 1 if the texts differ."""
     args = parse_arguments()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    device = start()
     model = load(args.model, args.sizes, device, torch.bfloat16 if args.bf16 else torch.float32)
     prompt, window = args.tokens.to(device), args.sizes.seq
     ways: dict[str, Forward] = {"called": model}
-    if cuda:
+    if device.type == "cuda":
         with torch.inference_mode():
             ways["graph"] = captured(model, torch.zeros(1, window, dtype=torch.long, device=device))
     texts = []
@@ -140,7 +135,7 @@ def main() -> int:
         tokens, seconds = generate(forward, prompt, window, args.characters, args.temperature)
         texts.append(args.sizes.decode(tokens))
         say(f"{name}: {1e3 * seconds:.2f} ms a character, {dist.get_world_size()} ranks on {device.type}")
-    if not cuda:
+    if device.type != "cuda":
         say("no CUDA graph: there is no GPU")
     if dist.get_rank() == 0:
         print(texts[0])

@@ -22,7 +22,6 @@ import json
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from char_gpt import TEXT, CharGPT, Sizes, read_text
-from ending import end
+from rank_process import end, start
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -206,11 +205,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train all models, then write what was asked for."""
     args = parse_arguments()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    device = start()
     train(args, device)
 
 

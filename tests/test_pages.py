@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cpu_only
 PYTORCH, HUGGINGFACE = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("pytorch", "huggingface"))
 
 
-# As examples/ending.py does: threads of gloo that torch's DTensors leave may abort a process that ends.
+# As examples/rank_process.py does: threads of gloo that torch's DTensors leave may abort a process that ends.
 LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
