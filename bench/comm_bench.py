@@ -14,7 +14,7 @@ from typing import Any
 import checkout  # noqa: F401
 import comm_plot
 import ranks
-import report
+import tables
 import torch
 from comm_fit import fit_machine
 from comm_measure import Settings, measure
@@ -93,7 +93,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     dtypes = names(args.dtype or (",".join(DTYPES) if cuda else "fp32,bf16"), [*DTYPES], "dtype")
     if "tf32" in dtypes and not cuda:
         raise ValueError("dtype tf32 needs a CUDA device")
-    missing = report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None))
+    missing = tables.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None))
     if missing:
         raise ValueError(missing)
     check_writable(args.json, args.plot)
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         details = {name: [result[name] for result in results] for name in ("gemms", "overlap", "environment")}
         written = {**machine.to_dict(), "rows": rows, **details}
-        report.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
+        tables.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
     if args.plot:
         commit = results[-1]["environment"]["commit"]
         comm_plot.plot(rows, f"{machine.name}, commit {commit}", args.plot)

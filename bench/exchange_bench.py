@@ -16,7 +16,7 @@ from typing import Any
 import checkout  # noqa: F401
 import exchange_plot
 import ranks
-import report
+import tables
 import torch
 from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, say_written
 from exchange_measure import Settings, measure
@@ -85,7 +85,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     for name, value in (("iters", args.iters), ("threads", args.threads)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
+    if missing := tables.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.trace, args.plot)
     check_plot(args.plot)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(table(result["rows"], result["timelines"]))
     if args.json:
-        report.write_text(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        tables.write_text(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         exchange_plot.plot(result["timelines"], result["rows"][0], args.plot)
     say_written(args.json, args.trace, args.plot)

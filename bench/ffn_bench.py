@@ -13,7 +13,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 import ranks
-import report
+import tables
 import torch
 from command_line import (
     OneLineErrorParser,
@@ -148,7 +148,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> lis
             raise ValueError(f"--sequence-parallel cuts B·S = {shape.tokens} tokens into {shape.tp} equal parts")
         if shape in one_shard:
             raise ValueError(f"--sequence-parallel needs {shape.tp} ranks: one rank's shard alone exchanges nothing")
-    if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
+    if missing := tables.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.csv, args.plot)
     check_plot(args.plot)
@@ -195,11 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             refused += result["refused"]
     except ranks.RankFailed as error:
         return parser.failed(error)
-    print(report.table(rows, refused))
+    print(tables.table(rows, refused))
     if args.json:
-        report.write_json(rows, args.json)
+        tables.write_json(rows, args.json)
     if args.csv:
-        report.write_csv(rows, args.csv)
+        tables.write_csv(rows, args.csv)
     if args.plot and rows:
         plot(rows, args.plot)
     say_written(args.json, args.csv, args.plot)

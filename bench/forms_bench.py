@@ -13,10 +13,10 @@ from pathlib import Path
 import checkout  # noqa: F401
 import forms_plot
 import ranks
-import report
+import tables
 from command_line import OneLineErrorParser, check_plot, check_writable, exit_with, numbers, say_written
 from forms_measure import UNFUSED, Settings, measure
-from report import Row
+from tables import Row
 from workloads import DTYPES, MODES, Shape
 
 from tpffn_triton.interpreter import interpreting
@@ -89,7 +89,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     ffn = ffn if args.ffn is None else args.ffn
     every_m = numbers(args.tokens or tokens, "--tokens", "M", least=1)
     shapes = tuple(Shape(f"M={M}", 1, M, hidden, ffn, tp=1) for M in every_m)
-    if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
+    if missing := tables.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.plot)
     check_plot(args.plot)
@@ -113,7 +113,7 @@ def _header(row: Row) -> str:
     shard = f"one rank's shard: H={row['hidden']} F/P={row['ffn_per_rank']}, {row['activation']}, {row['dtype']}"
     how = "in CUDA graphs, " if row["graph"] else ""
     l2 = f", {how}L2 {'warm' if row['warm_l2'] else 'cold'}" if row["device_type"] == "cuda" else ""
-    return f"{shard}, with biases, WITHOUT COMMUNICATION{l2}\n{report.surroundings(row)}"
+    return f"{shard}, with biases, WITHOUT COMMUNICATION{l2}\n{tables.surroundings(row)}"
 
 
 def _body(rows: list[Row]) -> str:
@@ -124,7 +124,7 @@ def _body(rows: list[Row]) -> str:
     for number, row in enumerate(rows):
         if number and row["tokens"] != rows[number - 1]["tokens"]:
             lines.append(tabulate.SEPARATING_LINE)
-        us = [report.ms(1e3 * row[f"ms_p{p}"]) for p in (50, 20, 80)]
+        us = [tables.ms(1e3 * row[f"ms_p{p}"]) for p in (50, 20, 80)]
         ratio = "" if row["ratio_p50"] is None else "{ratio_p50:.2f} [{ratio_p20:.2f}–{ratio_p80:.2f}]".format(**row)
         lines.append(
             (
@@ -152,7 +152,7 @@ def _notes(rows: list[Row]) -> list[str]:
     if rows[0]["triton_interpret"]:
         return [*notes, "The kernels ran in Triton's interpreter: THESE TIMES MEAN NOTHING."]
     notes.append("Graph replays: GPU time alone." if rows[0]["graph"] else "The host's launches are included.")
-    return notes + report.machine_notes(rows)
+    return notes + tables.machine_notes(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, refused = result["rows"], result["refused"]
     print(table(rows, refused))
     if args.json:
-        report.write_json(rows, args.json)
+        tables.write_json(rows, args.json)
     if args.plot and rows:
         forms_plot.plot(rows, args.plot)
     say_written(args.json, args.plot)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from report import Row
+from tables import Row
 
 _COLORS = {
     "unfused": "#222222",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from report import Row
+from tables import Row
 
 _COLUMNS = 3
 _COMPUTE, _COMMUNICATION = "#4477aa", "#ee6677"

@@ -20,7 +20,7 @@ import comm_fit
 import comm_measure
 import environment
 import ranks
-import report
+import tables
 import workloads
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
 from implementations import IMPLEMENTATIONS
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = {p: tuple(replace(shape, tp=p) for shape in shapes) for p in world_sizes}
         if args.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-        if missing := report.missing_extras(["tabulate"]):
+        if missing := tables.missing_extras(["tabulate"]):
             raise ValueError(missing)
         check_writable(args.json)
         machine = None if args.machine is None else Machine.load(args.machine)
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     if args.json:
         written = {**machine.to_dict(), "command": command, "rows": rows}
-        report.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
+        tables.write_text(args.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
         say_written(args.json)
     return 0
 

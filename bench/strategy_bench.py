@@ -22,9 +22,9 @@ import checkout  # noqa: F401
 import comm_bench
 import comm_fit
 import ranks
-import report
 import strategy_plot
 import strategy_report
+import tables
 import torch
 from command_line import OneLineErrorParser, check_alone, check_writable, exit_with, names, say_written
 from strategy_measure import TIMED, Settings, measure, timed_on
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = [] if args.plots is None else [args.plots / name for name in strategy_plot.PLOTS]
     machine = None
     try:
-        if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * bool(drawn)):
+        if missing := tables.missing_extras(["tabulate"] + ["matplotlib"] * bool(drawn)):
             raise ValueError(missing)
         check_writable(args.json, args.csv, *drawn)
         if args.results is not None:
@@ -189,9 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return parser.failed(error)
     print(strategy_report.table(results))
     if args.json:
-        report.write_text(args.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        tables.write_text(args.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
     if args.csv:
-        report.write_csv(results["rows"], args.csv)
+        tables.write_csv(results["rows"], args.csv)
     if not results["rows"]:
         drawn = []
     strategy_plot.plot(results["rows"], drawn)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-import report
+import tables
 from strategy_measure import TIMED, UNSPLIT
 from strategy_report import Row, shape_of, two_lines, where
 
@@ -49,7 +49,7 @@ def _time(plt: Any, rows: list[Row]) -> Any:
                 axis.barh(at, p50 - compute, 0.36, left=compute, color="white", edgecolor=colour, hatch=_HATCH)
                 spread = [[max(0.0, p50 - row["ms_p20"])], [max(0.0, row["ms_p80"] - p50)]]
                 whisker = axis.errorbar(p50, at, xerr=spread, color="black", capsize=3, linewidth=1)
-                _label(axis, max(p50, row["ms_p80"]), at, report.ms(p50))
+                _label(axis, max(p50, row["ms_p80"]), at, tables.ms(p50))
         axis.set_yticks([place + off for place in places.values() for off in (-0.2, 0.2)], [*PASSES] * len(places))
         _fit(axis, len(places), 1.2 * max(row["ms_p80"] for passes in panel.values() for row in passes.values()))
         axis.set_title(shape_of(_first(panel)), fontsize=10)
@@ -90,7 +90,7 @@ def _bytes(plt: Any, rows: list[Row]) -> Any:
         opacities = zip(meanings, (1, _PALE), strict=True)
         _explain(part, {meaning: _patch(plt, color=_GREY, alpha=opacity) for meaning, opacity in opacities})
     row = _first(panels[0])
-    about = f"P={row['tp']}, {row['activation']}, {row['dtype']}, {report.commit_of(row)}"
+    about = f"P={row['tp']}, {row['activation']}, {row['dtype']}, {tables.commit_of(row)}"
     _entitle(figure, f"Bytes by partitioning, as planned: {about}")
     return figure
 
@@ -250,5 +250,5 @@ def _explain(figure: Any, handles: dict[str, Any]) -> None:
 def _entitle(figure: Any, title: str, row: Row | None = None) -> None:
     if row is not None:
         threads = f", {row['threads']} of {row['cores']} cores a rank" if row["device_type"] == "cpu" else ""
-        title += f"\n{row['device']}{threads}, {report.commit_of(row)}"
+        title += f"\n{row['device']}{threads}, {tables.commit_of(row)}"
     figure.suptitle(title, fontsize=10)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
-import report
+import tables
 from strategy_measure import TIMED
 
 from tpffn_triton.machines import Machine
@@ -46,17 +46,17 @@ def table(results: dict[str, Any]) -> str:
 
     tabulate.MIN_PADDING = 0
     rows = results["rows"]
-    parts = [report.surroundings(rows[0])] if rows else []
+    parts = [tables.surroundings(rows[0])] if rows else []
     for _, group in groupby(rows, key=lambda row: (row["shape"], row["tp"])):
         block = list(group)
         columns = {
             "strategy": lambda r: two_lines(r["strategy"])[PASSES.index(r["pass"])],
             "pass": lambda r: r["pass"],
-            "ms p50 [p20–p80]": lambda r: "{} [{}–{}]".format(*(report.ms(r[f"ms_p{p}"]) for p in (50, 20, 80))),
+            "ms p50 [p20–p80]": lambda r: "{} [{}–{}]".format(*(tables.ms(r[f"ms_p{p}"]) for p in (50, 20, 80))),
             "× col→row": lambda r: "" if r["times_column_row"] is None else f"{r['times_column_row']:.2f}",
-            "compute": lambda r: report.ms(r["compute_ms"]),
-            "exposed (least)": lambda r: f"{report.ms(r['exposed_ms'])} ({report.ms(r['exposed_ms_least'])})",
-            "predicted": lambda r: report.ms(r["predicted_ms"]),
+            "compute": lambda r: tables.ms(r["compute_ms"]),
+            "exposed (least)": lambda r: f"{tables.ms(r['exposed_ms'])} ({tables.ms(r['exposed_ms_least'])})",
+            "predicted": lambda r: tables.ms(r["predicted_ms"]),
             "ratio": lambda r: f"{r['ratio']:.2f}",
             "MiB sent": lambda r: f"{r['sent_bytes'] / 2**20:.4g}",
         }
@@ -85,7 +85,7 @@ def _notes(results: dict[str, Any]) -> str:
     most = rows[0]
     if most["device_type"] == "cpu" and most["ranks"] * most["threads"] >= most["cores"]:
         notes.append(f"At P={most['tp']} ranks fill the cores: gloo's own threads take their time from computation.")
-    return "\n".join(notes + report.machine_notes(rows))
+    return "\n".join(notes + tables.machine_notes(rows))
 
 
 def load(path: Path) -> dict[str, Any]:

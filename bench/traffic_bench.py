@@ -18,7 +18,7 @@ from typing import Any
 import checkout  # noqa: F401
 import network
 import ranks
-import report
+import tables
 import traffic_plot
 from command_line import (
     SIZES,
@@ -91,7 +91,7 @@ def settings_of(args: argparse.Namespace, command: str) -> list[Settings]:
     repeats = (2 if args.quick else 10) if args.repeats is None else args.repeats
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
-    if missing := report.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
+    if missing := tables.missing_extras(["tabulate"] + ["matplotlib"] * (args.plot is not None)):
         raise ValueError(missing)
     check_writable(args.json, args.plot)
     check_plot(args.plot)
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return parser.failed(error)
     print(table(rows))
     if args.json:
-        report.write_text(args.json, json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")
+        tables.write_text(args.json, json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")
     if args.plot:
         traffic_plot.plot(rows, title, args.plot)
     say_written(args.json, args.plot)

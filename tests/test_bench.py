@@ -22,7 +22,7 @@ import ffn_bench
 import implementations
 import measure
 import ranks
-import report
+import tables
 import workloads
 
 pytestmark = pytest.mark.cpu_only
@@ -345,7 +345,7 @@ def test_one_shard_is_checked_timed_and_labelled(activation, one_rank) -> None:
         assert row["communication_included"] is False
         assert row["comm_ms"] is None
         assert row["compute_ms"] == row["ms_p50"]
-    table = report.table(result["rows"], [])
+    table = tables.table(result["rows"], [])
     assert "one rank's shard of P=2 (F/P=64), WITHOUT COMMUNICATION" in table
     assert "NOT in these figures" in table
     assert "comm ms" not in table

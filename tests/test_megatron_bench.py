@@ -20,8 +20,8 @@ import implementations
 import measure
 import megatron_peer
 import ranks
-import report
 import steps
+import tables
 import workloads
 
 from tpffn_triton import collectives
@@ -65,17 +65,17 @@ def test_a_rank_alone_is_checked_timed_and_told_apart(one_rank, monkeypatch: pyt
         assert row["megatron_core"] == sys.modules["megatron.core"].__version__
         (own,) = (r["ms_p50"] for r in result["rows"] if (r["impl"], r["mode"]) == ("megatron", row["mode"]))
         assert row["speedup_vs_megatron"] == pytest.approx(own / row["ms_p50"])
-    table = report.table(result["rows"], [])
+    table = tables.table(result["rows"], [])
     assert "× Megatron" in table
     assert f"the MLP of megatron-core {result['rows'][0]['megatron_core']};" in table
     assert max(len(line) for line in table.splitlines()) < 160
     wish = "Megatron-Core asks for CUDA_DEVICE_MAX_CONNECTIONS=1"
     assert wish not in table
     assert "gathered tokens" not in table
-    assert "gathered tokens" in report.table([row | {"sequence_parallel": True} for row in result["rows"]], [])
+    assert "gathered tokens" in tables.table([row | {"sequence_parallel": True} for row in result["rows"]], [])
     for connections, asked in ((None, True), ("8", True), ("1", False)):
         on_gpus = {"device_type": "cuda", "ranks": 2, "cuda_device_max_connections": connections}
-        assert (wish in report.table([row | on_gpus for row in result["rows"]], [])) == asked
+        assert (wish in tables.table([row | on_gpus for row in result["rows"]], [])) == asked
 
 
 @pytest.mark.parametrize("activation", ["gelu", "geglu", "geglu_tanh", "relu", "relu2", "silu", "swiglu"])
