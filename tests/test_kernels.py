@@ -329,7 +329,7 @@ def test_operands_that_cannot_be_copied_16_bytes_at_once_take_a_row_of_their_own
 ):
     storage = torch.empty(40 * 96 + 16, dtype=dtype)  # a CPU tensor stands for sm_90 in the interpreter
     operand = _launch.Operand(*_launch.signature(storage.as_strided((40, width), (stride, 1), offset)))
-    config = _launch.configuration("linear", None, 40, 64, operand)
+    config = _launch.configuration("linear", None, 40, 64, 64, operand)
     assert (config is not _configs.odd_strides("linear", _configs.arithmetic_of(dtype))) == addressable
 
 
