@@ -197,7 +197,8 @@ class Shard:
         config = self._config_of_one_launch(form or self.choice.form) if chunks == 1 else None
         if config is not None:
             programs = (grid(config, *act.shape)[0] + grid(config, *y.shape)[0]) * config.SPLIT_K
-            return [KernelLaunch("forward", "ffn", "act, y", config, programs)], why
+            kernel = "few_tokens" if (form or self.choice.form) == FEW else "ffn"
+            return [KernelLaunch("forward", kernel, "act, y", config, programs)], why
         linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1)
         if chunks == 1:
             return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2)], why
