@@ -24,7 +24,6 @@ Source: megatron-core 0.12.0 to 0.19.0, transformer/mlp.py, tensor_parallel/laye
 import contextlib
 import functools
 import importlib
-import operator
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,6 +35,7 @@ import compiler
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from shard_modules import OnShards
 from torch import Tensor
 
 from tpffn_triton import collectives
@@ -85,28 +85,30 @@ def build_fused(activation: str, sequence_parallel: bool) -> Callable[..., Tenso
 
 
 def _forward(make: Callable[..., Any], activation: str, sequence_parallel: bool) -> Callable[..., Tensor]:
-    module: Any = None
-    shards: tuple[Tensor, ...] = ()
+    module = OnShards(functools.partial(_module, make, activation, sequence_parallel))
 
     def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
-        nonlocal module, shards
-        given = (w1, b1, w2, b2)
-        if module is None or any(map(operator.is_not, given, shards)):
-            module, shards = _module(make, activation, sequence_parallel and group is not None, given, group), given
-        output, bias = module(x)
+        output, bias = module(w1, b1, w2, b2, group)(x)
         return output + bias
 
     return forward
 
 
 def _module(
-    make: Callable[..., Any], activation: str, sequence_parallel: bool, shards: tuple[Tensor, ...], group: Group
+    make: Callable[..., Any],
+    activation: str,
+    sequence_parallel: bool,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    group: Group,
 ) -> Any:
     """Make the module and put the shards in the place of its parameters."""
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    w1, b1, w2, b2 = shards
+    sequence_parallel = sequence_parallel and group is not None
     world_size = 1 if group is None else group.size()
     own_group = _prepare(sequence_parallel, w1.device.type, group)
     with warnings.catch_warnings():
