@@ -55,21 +55,20 @@ def _body(rows: list[Row]) -> str:
                 f"{row['max_rel_err']:.1e}{against_eager}",
             )
         )
-    names = ("peer", "mode", "ms p50 [p20–p80]", "÷ fused [p20–p80]", "TFLOP/s", "GB/s", "roofline")
-    names += ("saved MiB", "peak MiB", "rel err (÷ eager's)")
+    names = ["peer", "mode", "ms p50 [p20–p80]", "÷ fused [p20–p80]", "TFLOP/s", "GB/s", "roofline"]
+    names += ["saved MiB", "peak MiB", "rel err (÷ eager's)"]
     align = ["left", "left", *["right"] * (len(names) - 2)]
     return tabulate.tabulate(lines, names, tablefmt="simple", disable_numparse=True, colalign=align)
 
 
 def _mib(value: int | None) -> str:
-    return "" if value is None else f"{value / 2**20:.1f}"
+    return "" if value is None else f"{value / 2**20:.3g}"
 
 
 def _notes(rows: list[Row]) -> list[str]:
-    rounds = sorted({row["iters"] for row in rows})
     notes = [
-        f"{rounds[0]} to {rounds[-1]} interleaved rounds. ÷ fused: a peer's time over fused's, by round: above 1 fused "
-        "is faster.",
+        f"{min(row['iters'] for row in rows)} interleaved rounds or more.",
+        "÷ fused: a peer's time over fused's, by round: above 1 fused is faster.",
         "saved: kept for backward beside x and the parameters.",
     ]
     names = {row["impl"] for row in rows}

@@ -1,9 +1,9 @@
 """Compare one rank's shard of the FFN with every other implementation that is installed here.
 
-`python bench/peers.py --help` has the flags. Peers: peer_implementations.py; shapes: shards.py; what every figure means:
+`python bench/peers.py --help` has the flags. Peers: peer_implementations.py; shapes: shards.py; figures:
 peers_measure.py.
 
-Exit status: 0, 1 something of ours was wrong or failed, 2 wrong arguments. A peer that fails is named, and fails nothing.
+Exit status: 0, 1 something of ours was wrong or failed, 2 wrong arguments. A peer of others that fails is named only.
 """
 
 import argparse
@@ -36,15 +36,19 @@ interleave them, in one process, on the same random tensors, with biases.
 _NAMED = "\n".join(
     f"  {name:18}{s.regime:10}M={s.shape.tokens} H={s.shape.hidden} F/P={s.shape.ffn}" for name, s in SHARDS.items()
 )
-_CPU, _CUDA = (
-    {place: ", ".join(s.shape.name for s in grid) for place, grid in GRIDS.items()}[p] for p in ("cpu", "cuda")
-)
+_ON_CPU = ", ".join(s.shape.name for s in GRIDS["cpu"])
 EPILOG = f"""\
 shapes:
 {_NAMED}
 
-default: on a CPU {_CPU},
-  in fp32, about two minutes on two cores; on CUDA all the others, in bf16
+  default on a CPU: {_ON_CPU},
+  in fp32, about two minutes on two idle cores. On CUDA, in bf16: all that are not small
+
+figures:
+  ÷ fused     a peer's time over fused's, by round: above 1 fused is faster
+  saved MiB   kept for backward beside x and the parameters; peak MiB: what a step needs beyond its inputs
+  roofline    least possible time on this GPU over the time; GB/s: least bytes over the time
+  rel err     ‖out − ref‖ / ‖ref‖ against fp64, the worst of y and the gradients
 
 examples:
   python bench/peers.py --list-peers --activation gelu_tanh          who is here, and how to install the others
@@ -68,23 +72,20 @@ def build_parser() -> OneLineErrorParser:
     what.add_argument("--shapes", metavar="NAME,...", help="named shapes, below")
     what.add_argument("--regime", metavar="NAME,...", help=f"of the default shapes, those of {', '.join(REGIMES)}")
     what.add_argument("--tokens", metavar="M,...", help="other sizes, in the place of named ones: tokens M")
-    what.add_argument(
-        "--hidden", type=int, metavar="N", help=f"with --tokens: hidden_size H (default: {_SIZES['hidden']})"
-    )
-    what.add_argument("--ffn", type=int, metavar="N", help=f"with --tokens: this rank's F/P (default: {_SIZES['ffn']})")
+    for name, meaning in (("hidden", "H"), ("ffn", "F/P")):
+        default = f"with --tokens: {meaning} (default: {_SIZES[name]})"
+        what.add_argument(f"--{name}", type=int, metavar="N", help=default)
     what.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="default: %(default)s (erf)")
     what.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on CUDA")
     what.add_argument("--mode", choices=MODES, help="forward alone, or forward and backward (default: both)")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--run", metavar="NAME,...", help="eager: the host's launches count; graph (default on CUDA: both)"
+        "--run", metavar="NAME,...", help="eager: launches count; graph: replays (default: both, CPU: eager)"
     )
     how.add_argument("--l2", metavar="NAME,...", help="cold: overwritten; warm: as the step leaves it (default: cold)")
     how.add_argument("--iters", type=int, metavar="N", help="timed rounds (default: what fits in 15 s, GPU 5 s)")
     how.add_argument("--quick", action="store_true", help="few rounds and little warm-up; figures are rough")
-    how.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="divide this over the shapes; says what is left out"
-    )
+    how.add_argument("--budget", type=float, metavar="SECONDS", help="divided over the shapes; says what it leaves out")
     out = parser.add_argument_group("where to (besides the table on stdout; progress is on stderr)")
     out.add_argument("--json", type=Path, metavar="PATH", help="write a list of objects, one a row, after every shape")
     out.add_argument("--csv", type=Path, metavar="PATH", help="write the same as CSV")
@@ -128,10 +129,9 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
         raise ValueError("one rank's shard is timed, in this process: not under torchrun")
     runs = names(args.run, RUNS, "run") if args.run else RUNS if cuda else RUNS[:1]
     l2s = names(args.l2, L2S, "state of L2") if args.l2 else L2S[:1] if cuda else ("as left",)
-    if not cuda and ("graph" in runs or args.l2 or place.dtype == "tf32"):
-        raise ValueError(
-            f"{'--run graph' if 'graph' in runs else '--l2' if args.l2 else '--dtype tf32'} needs a CUDA device"
-        )
+    for flag, given in (("--run graph", "graph" in runs), ("--l2", args.l2), ("--dtype tf32", args.dtype == "tf32")):
+        if given and not cuda:
+            raise ValueError(f"{flag} needs a CUDA device")
     if args.iters is not None and args.iters < 1:
         raise ValueError(f"--iters must be at least 1, got {args.iters}")
     if args.budget is not None and not args.budget > 0:

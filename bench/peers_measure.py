@@ -12,8 +12,8 @@ One row a shape, mode, run, state of L2 and peer. A peer that raises or is wrong
     tflops, gb_per_s    those over ms_p50
     roofline_pct        least possible time on this device (environment.py) over ms_p50; None: unknown device
     errors              tensor → ‖out − ref‖ / ‖ref‖ against fp64; max_rel_err: the largest
-    error_vs_eager      the largest over tensors of this error over eager's; None without eager, or where the reference
-                        is not the FFN (two-gemms)
+    error_vs_eager      the largest of this error over eager's, over the tensors that eager rounds; None without eager,
+                        or where the reference is not the FFN (two-gemms)
     saved_bytes         mode fwd_bwd: what is kept for backward beside x and the parameters, as autograd's hooks see it
     peak_mem_bytes      one eager step's (memory.py)
 """
@@ -204,12 +204,12 @@ def _timed(
     floors = subject.shard.shape.pass_floors(key.mode, key.dtype, key.activation)
     flops, moved = (sum(figures) for figures in zip(*floors, strict=True))
     least = environment.floor_ms(key.device, key.dtype, floors)
-    eager = next((found for peer, found in errors.items() if peer.name == EAGER), None)
+    eager = next((found for peer, found in errors.items() if peer.name == EAGER), {})
     rows = []
     for peer, step in steps.items():
         spread = timing.spread(times[peer.name].ms, "ms")
         p50, own = spread["ms_p50"], errors[peer]
-        comparable = eager is not None and peer.reference is None and all(eager.values())
+        over_eager = [own[name] / error for name, error in eager.items() if error and peer.reference is None]
         if peer.name not in weights:
             weights[peer.name] = _weighed(subject, step.forward, key.mode)
         rows.append(
@@ -229,7 +229,7 @@ def _timed(
                 "roofline_pct": None if least is None else 100 * least / p50,
                 "errors": own,
                 "max_rel_err": max(own.values()),
-                "error_vs_eager": max(own[name] / eager[name] for name in own) if comparable and eager else None,
+                "error_vs_eager": max(over_eager, default=None),
                 **weights[peer.name],
             }
         )
