@@ -18,14 +18,18 @@ sys.path.insert(0, str(ROOT / "bench"))
 import compiler
 import environment
 import peer_implementations
+import peer_table
 import peers
 import peers_measure
+import ranks
+import steps
 import timing
 import workloads
 from budget import Budget
 from peer import Place
 from peer_implementations import PEERS
-from shards import GRIDS, SHARDS, TUNED_AT
+from peer_results import Results
+from shards import GRIDS, SHARDS, TUNED_AT, shard
 
 pytestmark = pytest.mark.cpu_only
 SIZES = ["--hidden", "32", "--ffn", "48", "--iters", "3", "--quick"]
@@ -272,6 +276,36 @@ def test_the_list_of_peers_measures_nothing(bench, monkeypatch, capsys) -> None:
     monkeypatch.delattr(peers, "measure")
     assert bench("--list-peers", "--activation", "silu") == 0
     assert capsys.readouterr().out == peer_implementations.listing(Place("cpu", "fp32", "silu")) + "\n"
+
+
+def test_runs_and_states_of_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; the clock and the graphs themselves are rehearsed in test_bench_parts.py."""
+    made: list[bool] = []
+    timed: list[tuple[bool, bool]] = []
+
+    def make_step(forward, problem, group, mode, graph):
+        made.append(graph)
+        return steps.Step(forward, problem, group, mode)
+
+    def time_rounds(named, rank, *, graph, warm_l2, **how):
+        timed.append((graph, warm_l2))
+        return {name: timing.Times([1.0], [], []) for name in named}, 1
+
+    monkeypatch.setattr(peers_measure, "make_step", make_step)
+    monkeypatch.setattr(timing, "time_rounds", time_rounds)
+    place, rank = Place("cpu", "fp32", "relu"), ranks.Rank(0, 1, torch.device("cpu"), 1, None)
+    chosen = (shard("other", "tiny", 6, 32, 48),)
+    how = (("fwd",), ("eager", "graph"), ("cold", "warm"), None, True, None, "")
+    results = Results(None, None)
+    assert not peers_measure.measure(rank, peers_measure.Settings(chosen, ("fused",), place, *how), results).refused
+    assert made == [False, True]
+    assert timed == [(False, False), (False, True), (True, False), (True, True)]
+    found = [(row["run"], row["l2"]) for row in results.rows()]
+    assert found == [(name, l2) for name in ("eager", "graph") for l2 in ("cold", "warm")]
+    cuda = [row | {"device_type": "cuda", "backend": "triton", "cuda": "13.0"} for row in results.rows()]
+    printed = peer_table.table(cuda, peers_measure.Outcome())
+    for how_run, l2 in found:
+        assert f"WITHOUT COMMUNICATION, {how_run}, L2 {l2}\n" in printed
 
 
 def test_shapes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
