@@ -136,8 +136,8 @@ def test_the_committed_report_lists_todays_rows():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_what_launches_do_on_the_host(arch, triton_folder):
     """Six layers, aligned and odd, plain, gated, and with gradients of their own, at seven numbers of tokens each, in
-    several launches, in one, and in that for few tokens, which has two rows for these: one variant a size and use, however many M; every address arrives; and nothing is called
-    that a CUDA graph could not capture."""
+    several launches, in one, and in that for few tokens, which has two rows for these: one variant a size and use,
+    however many M; every address arrives; and nothing is called that a CUDA graph could not capture."""
     result = run_compiling(ROOT / "tests" / "jit_launches.py", arch, triton_folder=triton_folder)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
