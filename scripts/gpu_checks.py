@@ -4,24 +4,21 @@
 
     environment    what the machine and its packages are
     tests          every test that is not marked cpu_only, on CUDA
-    sanitizer      the smallest tests of the kernels, of the single launch and of the weight gradients' under
+    sanitizer      the smallest tests of the kernels, of the launches of both GEMMs and of the weight gradients' under
                    compute-sanitizer's memcheck; skipped where it is missing
     bench_eager    the analysed model at P=4 against eager
     bench_graph    the same inside CUDA graphs
-    bench_megatron_eager    the analysed model's shard at P=4 against Megatron-Core's own MLP; skipped where
-                   megatron-core is missing
-    bench_megatron_graph    the same inside CUDA graphs
-    bench_shapes   the analysed model, decoding, a medium and a large layer inside CUDA graphs
-    bench_swiglu   the analysed model and a medium layer, gated, inside CUDA graphs
+    bench_peers    one rank's shard beside every peer that is installed (bench/peers.py), inside CUDA graphs
+    bench_peers_swiglu   the analysed shard and decoding, gated, the same way
     bench_forms    the analysed model's shard at 64 to 8192 tokens in one launch and in several, inside CUDA graphs
 
-It uses the packages of the python that runs it and of PYTHONPATH, where a folder with megatron-core may be given;
-it installs nothing and needs no network. A step that fails or
-runs out of its time does not stop the next one; time that a step leaves over goes to the steps after it.
+It uses the packages of the python that runs it and of PYTHONPATH, where a folder with peers (megatron-core,
+Liger-Kernel, nvmath-python ...) may be given; it installs nothing and needs no network. A step that fails or runs out
+of its time does not stop the next one; time that a step leaves over goes to the steps after it.
 
 Results: environment.json (machine, versions, commit; each step's command, status and seconds), log.txt,
-tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_megatron_eager.json and .png,
-bench_megatron_graph.json and .png, bench_shapes.json, bench_swiglu.json, bench_forms.json and .png.
+tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_peers.json, bench_peers_swiglu.json,
+bench_forms.json and .png.
 Exit status: 0 all passed; 1 a step failed; 2 no CUDA device, or wrong arguments.
 """
 
@@ -41,7 +38,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +53,10 @@ PACKAGES = (
     "matplotlib",
     "tabulate",
     "megatron-core",
+    "liger-kernel",
+    "nvmath-python",
+    "transformer-engine",
+    "quack-kernels",
 )
 # In its own process, with a time limit: a broken driver can hang, and a context here would skew benchmarks.
 DESCRIBE = """\
@@ -90,16 +90,19 @@ def plan(results: Path, budget: float) -> list[Step]:
     """Return the steps after `environment`, in order; their shares leave it 10 of 540 seconds."""
     python, share = sys.executable, budget / BUDGET
 
-    def bench(
-        name: str, seconds: float, *flags: str, plot: bool = True, script: str = "ffn_bench", skip: str = ""
-    ) -> Step:
+    def bench(name: str, seconds: float, *flags: str, plot: bool = True, script: str = "ffn_bench") -> Step:
         command = [python, f"bench/{script}.py", "--dtype", "bf16", *flags]
         command += ["--json", str(results / f"bench_{name}.json")]
         produces: tuple[str, ...] = (f"bench_{name}.json",)
         if plot:
             command += ["--plot", str(results / f"bench_{name}.png")]
             produces += (f"bench_{name}.png",)
-        return Step(f"bench_{name}", command, seconds * share, produces, skip=skip)
+        return Step(f"bench_{name}", command, seconds * share, produces)
+
+    def peers(name: str, seconds: float, *flags: str) -> Step:
+        # The rest is for what each peer takes to begin.
+        limit = ("--run", "graph", "--budget", f"{0.8 * seconds * share:.0f}")
+        return bench(name, seconds, *flags, *limit, plot=False, script="peers")
 
     pytest = [python, "-m", "pytest", "-m", "not cpu_only"]
     # The thread method ends a worker whose kernel hangs; a signal would wait for the kernel.
@@ -109,12 +112,11 @@ def plan(results: Path, budget: float) -> list[Step]:
     # Libraries probe with calls that may fail, and handle it; only bad memory accesses count here.
     memcheck += ["--report-api-errors", "no"]
     # Launches are slow under it: one dtype where a test is there for each.
-    smallest = ["-k", "smoke and (test_kernels or bfloat16)"]
-    smallest += [f"tests/test_{name}.py" for name in ("single_launch", "weight_grads", "kernels")]
-    # Peers are named: where megatron-core is installed too, the other steps have the same rows and the same seconds.
-    ours, megatron = ("--impl", "unfused,fused"), ("--impl", "unfused,fused,megatron,megatron-fused")
-    megatron += ("--tp", "4", "--activation", "gelu_tanh")
-    without = "" if has_megatron() else "megatron-core is not installed"
+    few = "test_few_tokens and fp64 and gelu-torch.bfloat16"
+    smallest = ["-k", f"smoke and (test_kernels or bfloat16) or {few}"]
+    smallest += [f"tests/test_{name}.py" for name in ("single_launch", "few_tokens", "weight_grads", "kernels")]
+    # Named: where megatron-core is installed too, these steps have the same rows and the same seconds.
+    ours = ("--impl", "unfused,fused")
     return [
         Step("tests", [*tests, f"--junit-xml={results / 'tests.xml'}", "tests"], 164 * share, ("tests.xml",)),
         Step(
@@ -127,19 +129,10 @@ def plan(results: Path, budget: float) -> list[Step]:
         ),
         bench("eager", 38, "--tp", "4", *ours),
         bench("graph", 38, "--tp", "4", "--graph", *ours),
-        bench("megatron_eager", 38, *megatron, skip=without),
-        bench("megatron_graph", 32, *megatron, "--graph", skip=without),
-        bench("shapes", 66, "--shapes", "analysed,decode,medium,large", "--graph", *ours, plot=False),
-        bench("swiglu", 34, "--shapes", "analysed,medium", "--activation", "swiglu", "--graph", *ours, plot=False),
+        peers("peers", 130, "--activation", "gelu_tanh"),
+        peers("peers_swiglu", 40, "--activation", "swiglu", "--regime", "analysed,decode"),
         bench("forms", 46, "--graph", script="forms_bench"),
     ]
-
-
-def has_megatron() -> bool:
-    """Say whether megatron-core can be found, installed or in a folder of PYTHONPATH."""
-    with contextlib.suppress(ModuleNotFoundError):  # not even a package `megatron`
-        return find_spec("megatron.core") is not None
-    return False
 
 
 def environment() -> dict[str, str]:

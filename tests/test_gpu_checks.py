@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ffn_bench
 import forms_bench
 import gpu_checks
+import peers
 
 pytestmark = pytest.mark.cpu_only
 PLAN = gpu_checks.plan(Path("results"), gpu_checks.BUDGET)
@@ -44,7 +45,7 @@ def test_every_file_of_the_sanitizer_has_tests() -> None:
 
 
 def test_every_benchmark_takes_its_flags() -> None:
-    parsers = {f"bench/{module.__name__}.py": module.build_parser() for module in (ffn_bench, forms_bench)}
+    parsers = {f"bench/{module.__name__}.py": module.build_parser() for module in (ffn_bench, forms_bench, peers)}
     benchmarks = [step for step in PLAN if step.name.startswith("bench_")]
     assert {step.command[1] for step in benchmarks} == set(parsers)
     for _, script, *flags in (step.command for step in benchmarks):
