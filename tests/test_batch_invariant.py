@@ -5,13 +5,17 @@ import torch
 import torch.distributed as dist
 from ffn_cases import assert_all_accurate, draw, eager, exact, ours, shards
 from launches import count_launches
+from mlp_modules import GatedMLP, PlainMLP
 from rank_pool import use
+from torch.distributed.tensor import Shard
 
 import tpffn_triton as tp
 from tpffn_triton import interpreter
+from tpffn_triton.huggingface import parallelize
 from tpffn_triton.kernels._configs import MOST_WAVES, TABLES, batch_invariant
 from tpffn_triton.kernels._launch import Operand
 from tpffn_triton.kernels.forward import SINGLE, TWO, forward_form
+from tpffn_triton.parallel_style import FusedFFNParallel
 
 H, F = 64, 160
 BATCHES = (2, 17, 64, 65, 130)
@@ -147,6 +151,20 @@ def test_layer_and_compile(device):
     assert dense.batch_invariant
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), y)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_replaced_mlp(activation, monkeypatch):
+    """As transformers' models get it (huggingface.py), whose gate and up are two linears."""
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+    mlp = GatedMLP(256, 512, "swiglu") if activation == "swiglu" else PlainMLP(256, 512, "gelu")
+    model = torch.nn.Sequential(mlp)
+    assert len(parallelize(model, batch_invariant=True).replaced) == 1
+    with torch.no_grad():
+        assert not rows_differ(model, torch.randn(66, 256), (2, 65))
+    with pytest.raises(ValueError, match="cannot go with sequence_parallel"):
+        FusedFFNParallel(input_layouts=Shard(0), batch_invariant=True)
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,13 @@ def parallelize(
     save: str = "pre_act",
     reduce_dtype: torch.dtype | None = None,
     forward_chunks: int | Machine = 1,
+    batch_invariant: bool = False,
 ) -> Report:
     """Replace every MLP of a model whose function is known by one `tpffn_triton.ffn`, in place.
 
     model       on every rank of the group the same, parameters included
     tp_group    None (one rank: parameters stay the same objects), a ProcessGroup or a 1-D DeviceMesh
-    save, reduce_dtype, forward_chunks
+    save, reduce_dtype, forward_chunks, batch_invariant
                 as in `tpffn_triton.ffn`
 
     An MLP is a module with two linears, or three where it is gated, nn.Linear or transformers' Conv1D; or the two
@@ -94,7 +95,7 @@ def parallelize(
     Raises: TypeError, ValueError: options or a group that do not fit; no MLP that can be replaced, with the reasons;
     ranks that find different ones. CollectiveError: a rank did not come. Nothing is changed then.
     """
-    options = Options(False, save, reduce_dtype, forward_chunks)
+    options = Options(False, save, reduce_dtype, forward_chunks, batch_invariant)
     group = resolve_group(tp_group)
     world_size = 1 if group is None else group.size()
     found, left = _survey(model, world_size)

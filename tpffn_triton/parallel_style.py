@@ -29,7 +29,7 @@ class FusedFFNParallel(ParallelStyle):
     input_layouts    of x [..., H]: Replicate(), or Shard(dim) of one that counts tokens (sequence parallelism)
     output_layouts   of y: the same as x's
     use_local_output   y is a torch.Tensor, this rank's; False: a DTensor
-    save, reduce_dtype, forward_chunks
+    save, reduce_dtype, forward_chunks, batch_invariant
                      as in `tpffn_triton.ffn`
 
     The module stays in its place, its linears nn.Linear's or transformers' Conv1D under any names; their parameters
@@ -50,6 +50,7 @@ class FusedFFNParallel(ParallelStyle):
         save: str = "pre_act",
         reduce_dtype: torch.dtype | None = None,
         forward_chunks: int | Machine = 1,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         if activation is not None:
@@ -64,7 +65,7 @@ class FusedFFNParallel(ParallelStyle):
             )
         self.activation, self.layout, self.use_local_output = activation, layouts[0], use_local_output
         sequence_parallel = isinstance(self.layout, Shard)
-        self.options = Options(sequence_parallel, save, reduce_dtype, forward_chunks)
+        self.options = Options(sequence_parallel, save, reduce_dtype, forward_chunks, batch_invariant)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = resolve_group(device_mesh)

@@ -43,9 +43,10 @@ class Options:
     save: str = "pre_act"
     reduce_dtype: torch.dtype | None = None
     forward_chunks: int | Machine = 1
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        check_options(self.save, self.sequence_parallel, self.reduce_dtype, self.forward_chunks)
+        check_options(self.save, self.sequence_parallel, self.reduce_dtype, self.forward_chunks, self.batch_invariant)
 
 
 @dataclass
@@ -145,6 +146,7 @@ class TensorParallelMLP(nn.Module):
             save=options.save,
             reduce_dtype=options.reduce_dtype,
             forward_chunks=options.forward_chunks,
+            batch_invariant=options.batch_invariant,
         )
         for name in wiring.dropouts:
             y = self.get_submodule(name)(y)

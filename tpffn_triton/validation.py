@@ -30,16 +30,15 @@ def check_modes(
     """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or other than 1 beside
     sequence_parallel; batch_invariant beside either of these. TypeError: chunks are no int and no Machine."""
     check_activation(activation)
-    check_options(save, sequence_parallel, reduce_dtype, forward_chunks)
-    if batch_invariant and (sequence_parallel or forward_chunks != 1):
-        raise ValueError(
-            "batch_invariant adds the ranks' parts in the order of ranks: it cannot go with "
-            + ("sequence_parallel" if sequence_parallel else f"forward_chunks={forward_chunks}")
-        )
+    check_options(save, sequence_parallel, reduce_dtype, forward_chunks, batch_invariant)
 
 
 def check_options(
-    save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int | Machine
+    save: str,
+    sequence_parallel: bool,
+    reduce_dtype: torch.dtype | None,
+    forward_chunks: int | Machine,
+    batch_invariant: bool = False,
 ) -> None:
     """Raises: as `check_modes`, for what does not depend on the activation."""
     if save not in SAVE_MODES:
@@ -52,6 +51,11 @@ def check_options(
         raise ValueError(
             f"forward_chunks={forward_chunks} cuts an all-reduce; sequence_parallel has a reduce-scatter, whose parts "
             "are not rows of one chunk"
+        )
+    if batch_invariant and (sequence_parallel or forward_chunks != 1):
+        raise ValueError(
+            "batch_invariant adds the ranks' parts in the order of ranks: it cannot go with "
+            + ("sequence_parallel" if sequence_parallel else f"forward_chunks={forward_chunks}")
         )
 
 
