@@ -77,7 +77,7 @@ def measure(rank: Rank, settings: Settings) -> dict[str, list]:
     for shape in settings.shapes:
         for dtype in settings.dtypes:
             try:
-                with _matmul_precision(dtype):
+                with matmul_precision(dtype):
                     measured, wrong = _measure_problem(rank, settings, shape, dtype, compared[dtype])
             except Exception as error:
                 if rank.group is not None:  # the others may be waiting for this rank: ranks.py stops them
@@ -90,7 +90,8 @@ def measure(rank: Rank, settings: Settings) -> dict[str, list]:
 
 
 @contextlib.contextmanager
-def _matmul_precision(dtype: str) -> Iterator[None]:
+def matmul_precision(dtype: str) -> Iterator[None]:
+    """Let torch's fp32 matmuls be TF32 for dtype "tf32", IEEE for any other."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
