@@ -1,13 +1,14 @@
 """Make the tables of docs/analysis.md, as Markdown: from the plan, and from what the benchmarks wrote."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
+from tables import Row, markdown
 
 from tpffn_triton.partitionings import PARTITIONINGS
 from tpffn_triton.plan import plan_ffn
@@ -16,7 +17,6 @@ from tpffn_triton.plan_records import FFNPlan
 from tpffn_triton.predict import PASSES, predict
 from tpffn_triton.presets import machine
 
-Row = dict[str, Any]
 ANALYSED = (8, 128, 1024, 4096, 4)
 WORDS = {name: strategy.words for name, strategy in STRATEGIES.items()}
 MIB = 1 << 20
@@ -76,16 +76,6 @@ def load(traffic: Path, strategy: Path) -> Results:
 def plan(name: str, sizes: Sequence[int] = ANALYSED, **options: Any) -> FFNPlan:
     """Return the plan of one of STRATEGIES, by its name."""
     return plan_ffn(*sizes, **(STRATEGIES[name].options | options))
-
-
-def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table; a header that starts with ">" makes its column right-aligned."""
-    lines = [
-        [h.removeprefix(">") for h in headers],
-        ["--:" if h.startswith(">") else "---" for h in headers],
-        *([str(cell) for cell in row] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _by(shape: Sequence[int]) -> str:

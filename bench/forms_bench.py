@@ -25,7 +25,7 @@ from tpffn_triton.kernels.activations import ACTIVATIONS
 DESCRIPTION = """\
 Time one rank's shard in every form of its launches, and as three separate torch operations, on one GPU:
 
-  forward     single launch | dependent launches (where the GPU has them) | two launches
+  forward     few tokens | single launch | dependent launches (where the GPU has them) | two launches
   gradients   of weights and biases, in one launch | a launch each
 
 Every form is first compared with fp64; a wrong one is not timed. Rounds interleave them. Nothing is

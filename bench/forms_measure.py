@@ -36,7 +36,7 @@ from tpffn_triton.backends import implementation
 from tpffn_triton.explanation import Shard
 from tpffn_triton.kernels._configs import Config, arch_of
 from tpffn_triton.kernels.column_sum import column_sum
-from tpffn_triton.kernels.forward import DEPENDENT, DEPENDENT_LAUNCHES, FORMS, ffn_forward
+from tpffn_triton.kernels.forward import DEPENDENT, DEPENDENT_LAUNCHES, FEW, FORMS, SINGLE, ffn_forward
 from tpffn_triton.kernels.matmul import wgrad
 from tpffn_triton.kernels.weight_grads import weight_grads
 
@@ -70,16 +70,19 @@ class Way:
         return self.form if self.gradients is None else f"{self.form}, gradients {self.gradients}"
 
 
-def ways(mode: str, arch: str) -> list[Way]:
-    """Return what to compare on an architecture, unfused first."""
+def ways(mode: str, arch: str, chosen: str = SINGLE) -> list[Way]:
+    """Return what to compare on an architecture, unfused first; chosen: the tables' form, for there is one for few
+    tokens alone."""
     forms = [form for form in FORMS if form != DEPENDENT or arch in DEPENDENT_LAUNCHES]
+    forms = [form for form in forms if form != FEW or chosen == FEW]
     gradients = (None,) if mode == "fwd" else (ONE, EACH)
     return [Way(UNFUSED), *itertools.starmap(Way, itertools.product(forms, gradients))]
 
 
-def shard_of(shape: Shape, dtype: str, activation: str, arch: str) -> Shard:
-    """Return the shard that tells launches and their rows of the tables."""
-    return Shard(shape.tokens, shape.tokens, shape.hidden, shape.ffn, activation, workloads.DTYPES[dtype], True, arch)
+def shard_of(shape: Shape, dtype: str, activation: str, device: torch.device) -> Shard:
+    """Return the shard that tells what a device launches, and its rows of the tables."""
+    sizes = shape.tokens, shape.tokens, shape.hidden, shape.ffn
+    return Shard(*sizes, activation, workloads.DTYPES[dtype], True, arch_of(device), device)
 
 
 def configs(shard: Shard, way: Way) -> dict[str, Config]:
@@ -167,12 +170,12 @@ def _checked(
     rank: Rank, settings: Settings, shape: Shape, mode: str, problem: Problem, reference: dict[str, Tensor]
 ) -> tuple[dict[Way, Step], dict[Way, float], list[str]]:
     """Return the steps of what is right, their errors, and why the others are not among them."""
-    shard = shard_of(shape, settings.dtype, settings.activation, arch_of(rank.device))
+    shard = shard_of(shape, settings.dtype, settings.activation, rank.device)
     bound = error_bound(settings.dtype, settings.activation)
     steps: dict[Way, Step] = {}
     errors: dict[Way, float] = {}
     refused = []
-    for way in ways(mode, arch_of(rank.device)):
+    for way in ways(mode, arch_of(rank.device), shard.choice.form):
         name = UNFUSED if way.form == UNFUSED else "fused"
         forward = IMPLEMENTATIONS[name].build(settings.activation, False)
         make = partial(make_step, forward, problem, None, mode, settings.graph)
@@ -199,7 +202,7 @@ def _timed(
     times, rounds = timing.time_rounds(
         steps, rank, graph=settings.graph, quick=settings.quick, rounds=settings.rounds, warm_l2=settings.warm_l2
     )
-    shard = shard_of(shape, settings.dtype, settings.activation, arch_of(rank.device))
+    shard = shard_of(shape, settings.dtype, settings.activation, rank.device)
     choice, gradients = shard.choice, shard.gradients
     chosen = Way(choice.form, None if mode == "fwd" else EACH if gradients.config is None else ONE)
     why = choice.why if mode == "fwd" else f"{choice.why}; {gradients.why}"

@@ -9,6 +9,7 @@ from tables import Row
 
 _COLORS = {
     "unfused": "#222222",
+    "few tokens": "#aa3377",
     "single launch": "#4477aa",
     "dependent launches": "#228833",
     "two launches": "#ee6677",

@@ -72,10 +72,9 @@ def table(results: dict[str, Any]) -> str:
 
 def _notes(results: dict[str, Any]) -> str:
     rows = sorted(results["rows"], key=lambda row: -row["ranks"])
-    rounds = sorted({row["rounds"] for row in rows})
-    count = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    rounds = tables.rounds_of(rows, "rounds")
     notes = [
-        f"Times in ms. {count} interleaved rounds, slowest rank of each; a backward follows its forward.",
+        f"Times in ms. {rounds} interleaved rounds, slowest rank of each; a backward follows its forward.",
         "× col→row: over column→row's time of the same pass, by round. ratio: predicted over measured.",
         "exposed: computation stood still for a collective, on the rank that waits longest (least).",
         "compute: p50 less exposed. MiB sent: by all ranks in this pass, as planned.",

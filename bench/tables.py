@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,10 @@ def _or_empty(value: float | None, form: str, unit: float = 1) -> str:
 
 def _notes(rows: list[Row]) -> str:
     first = rows[0]
-    rounds = sorted({row["iters"] for row in rows})
-    count = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    rounds = rounds_of(rows, "iters")
     slowest = ", slowest rank of each" if first["ranks"] > 1 else ""
     notes = [
-        f"{count} interleaved rounds{slowest}. TFLOP/s: one rank's. rel err: Frobenius against fp64, worst tensor."
+        f"{rounds} interleaved rounds{slowest}. TFLOP/s: one rank's. rel err: Frobenius against fp64, worst tensor."
     ]
     if first["comm_ms"] is not None and first["ranks"] > 1:
         notes.append("comm: computation stood still for a collective, on the rank that waits longest (least).")
@@ -128,6 +127,12 @@ def _notes(rows: list[Row]) -> str:
     if any(row["peak_mem_bytes"] is None for row in rows):
         notes.append("peak MiB: this system does not tell.")
     return "\n".join(notes)
+
+
+def rounds_of(rows: list[Row], field: str) -> str:
+    """Say how many rounds there were, from the fewest to the most."""
+    rounds = sorted({row[field] for row in rows})
+    return f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
 
 
 def _megatron_notes(rows: list[Row]) -> list[str]:
@@ -153,6 +158,16 @@ def machine_notes(rows: list[Row]) -> list[str]:
         load = "" if first["load_average"] is None else f" (load average at the start: {first['load_average']:.1f})"
         notes.append(f"The times spread widely; was the machine busy{load}? Differences inside p20–p80 are noise.")
     return notes
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; a header that starts with ">" makes its column right-aligned."""
+    lines = [
+        [h.removeprefix(">") for h in headers],
+        ["--:" if h.startswith(">") else "---" for h in headers],
+        *([str(cell) for cell in row] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_json(rows: list[Row], path: Path) -> None:

@@ -31,6 +31,7 @@ from tune_search import Candidates, filter_all, search
 
 from tpffn_triton import interpreter
 from tpffn_triton.interpreter import interpreting
+from tpffn_triton.kernels import _tuned
 from tpffn_triton.kernels._configs import KERNELS, arch_of
 
 DESCRIPTION = """\
@@ -131,7 +132,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
     if missing := tables.missing_extras(["tabulate"]):
         raise ValueError(missing)
     device = torch.device(device_type)
-    out = args.out if args.out or apart else tune_rows.default_path(environment.device_name(device))
+    out = args.out if args.out or apart else _tuned.file_of(environment.device_name(device))
     check_writable(args.json, out)
     arch = args.arch or arch_of(device)
     return Settings(arch, args.arithmetic, args.budget, out, args.json, args.resume, command)
@@ -157,7 +158,8 @@ def planned(args: argparse.Namespace, settings: Settings, device_type: str) -> C
     cases = all_cases(regimes, kernels, settings.arithmetic, shards)
     if not cases:
         raise ValueError(f"nothing to tune: no case of {', '.join(kernels)} in {', '.join(regimes)}")
-    return {case: candidates(case, settings.arch, args.candidates) for case in cases}
+    found = {case: candidates(case, settings.arch, args.candidates) for case in cases}
+    return {case: configs for case, configs in found.items() if configs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

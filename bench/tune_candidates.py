@@ -9,22 +9,23 @@ tall as the output, grids far smaller than the GPU, or so many small tiles that 
 """
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import checkout  # noqa: F401
 import torch
 import triton
 from tune_cases import FEW, Case
 
-from tpffn_triton.kernels._configs import PROCESSORS, Config, select
+from tpffn_triton.kernels._configs import PROCESSORS, Config, select, select_for_few_tokens
 
 ARITHMETICS = {"16bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # Compiled for a case at most.
 MOST = 24
 # Bytes of shared memory that a program may use, as tests/compile_inspect.py has them.
 SHARED_BYTES = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Gated forwards multiply each tile of x by one of gate and one of up.
+_TWO_ACCUMULATORS = ("gated_ffn", "gated_few_tokens", "gated_linear_act")
 # fp32 accumulators of a thread: with more, registers do not suffice for the rest, of which the derivative has most.
 _ACCUMULATORS = {"linear_dact": 64, "gated_linear_dact": 64}
 _MOST_ACCUMULATORS = 128
@@ -57,19 +58,23 @@ _FP32: tuple[_Tiles, _Steps] = (
 )
 # What a configuration's short name has in its place.
 _NAMED = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "USE_TMA", "SPLIT_EPILOGUE")
-# Fields of Config that only a kernel for few tokens has, and what is tried of each.
-_OF_FEW_TOKENS: dict[str, tuple[Any, ...]] = {"PREFETCH_K": (256, 512, 0), "SPLIT_K": (1, 4, 2, 8)}
-_STEPS_OF_FEW_TOKENS: _Steps = ((128, 4), (64, 4), (128, 3), (64, 6))
+# Of a kernel for few tokens: steps, PREFETCH_K, SPLIT_K and BLOCK_N.
+_OF_FEW_TOKENS = (((128, 4), (64, 4), (128, 3), (64, 6)), (256, 512, 0), (1, 4, 2, 8), (64, 32, 128))
 
 
-def tables_choice(case: Case, arch: str) -> Config:
-    """Return the tables' row; torch's precision of fp32 matmuls is to be the case's arithmetic."""
-    return select(case.kernel, torch.empty(0, dtype=ARITHMETICS[case.arithmetic]), case.rows, case.cols, arch)
+def tables_choice(case: Case, arch: str) -> Config | None:
+    """Return the tables' row, None where there is none; torch's precision of fp32 matmuls is to be the case's
+    arithmetic."""
+    choose = select_for_few_tokens if case.kernel.endswith("few_tokens") else select
+    like = torch.empty(0, dtype=ARITHMETICS[case.arithmetic])
+    return choose(case.kernel, like, case.rows, case.cols, case.inner, arch)
 
 
 def candidates(case: Case, arch: str, most: int = MOST) -> list[Config]:
-    """Return at most so many configurations to compile, the tables' own first."""
+    """Return at most so many configurations to compile, the tables' own first; none where the tables have no row."""
     own = tables_choice(case, arch)
+    if own is None:
+        return []
     worth = (config for config in (*_neighbours(case, own, arch), *_product(case, arch)) if fits(config, case, arch))
     return [*dict.fromkeys((own, *worth))][:most]
 
@@ -94,23 +99,19 @@ def _product(case: Case, arch: str) -> Iterator[Config]:
     else:
         tiles, steps = _POINTERS_FEW if few else _POINTERS
     for (k, stages), split, (m, n, warps) in product(steps, (True, False), tiles):
-        if not split or (n >= 128 and case.kernel not in ("gated_ffn", "gated_linear_act")):
+        if not split or (n >= 128 and case.kernel not in _TWO_ACCUMULATORS):
             yield Config(m, n, k, warps, stages, USE_TMA=by_tma, SPLIT_EPILOGUE=split)
 
 
 def _of_few_tokens(case: Case, by_tma: bool) -> Iterator[Config]:
     tall = next(m for m in (16, 32, FEW) if m >= case.rows)
-    known = {field.name for field in fields(Config)}
-    options = {name: values for name, values in _OF_FEW_TOKENS.items() if name in known}
-    for (k, stages), values, n in product(_STEPS_OF_FEW_TOKENS, product(*options.values()), (64, 32, 128)):
-        usual = Config(tall, n, k, 4, stages, USE_TMA=by_tma)
-        yield replace(usual, **dict(zip(options, values, strict=True)))
+    for (k, stages), prefetched, slices, n in product(*_OF_FEW_TOKENS):
+        yield Config(tall, n, k, 4, stages, USE_TMA=by_tma, SPLIT_K=slices, PREFETCH_K=prefetched)
 
 
 def fits(config: Config, case: Case, arch: str) -> bool:
     """Say whether nothing in the module docstring speaks against a configuration."""
-    # A gated forward multiplies each tile of x by one of gate and one of up.
-    stacks = 2 if case.kernel in ("gated_ffn", "gated_linear_act") else 1
+    stacks = 2 if case.kernel in _TWO_ACCUMULATORS else 1
     itemsize = ARITHMETICS[case.arithmetic].itemsize
     columns = stacks * config.BLOCK_N
     shared = config.num_stages * (config.BLOCK_M + columns) * config.BLOCK_K * itemsize

@@ -4,7 +4,8 @@ A case is one kernel, arithmetic and size, as `configuration` in kernels/_launch
 where the activation is gated:
 
     kernel                         rows      cols     inner
-    ffn, linear_act, linear_dact   M         F/P      H       and the gated ones; few_tokens, where there is one
+    ffn, linear_act, linear_dact   M         F/P      H       and the gated ones
+    few_tokens                     M ≤ 64    F/P      H       likewise
     linear                         M         H        F/P
     dgrad                          M         H        W
     wgrad                          W, H      H, F/P   M       dw1, dw2
@@ -63,7 +64,7 @@ REHEARSAL = Shard(32, 64, 96)
 def cases_of(kernel: str, shard: Shard, arithmetic: str, gated: bool) -> list[Case]:
     """Return the cases of a shard, of a kernel by the name that it has where nothing is gated."""
     m, h, f = shard
-    if kernel == "few_tokens" and m > FEW:
+    if kernel == "few_tokens" and (m > FEW or arithmetic != "16bit"):
         return []
     w = 2 * f if gated else f
     name = f"gated_{kernel}" if gated and f"gated_{kernel}" in KERNELS else kernel

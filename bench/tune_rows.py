@@ -1,4 +1,4 @@
-"""Choose the row of a case from times; keep what was measured (the state); write the file that kernels read.
+"""Choose the row of a case from times; keep what was measured (the state); make the file that kernels/_tuned.py reads.
 
 state   a list of objects, one a verdict of the filter or a measurement: case, contender, config, verdict, times
         (tune_measure.py), and where and with what: device, versions, commit
@@ -9,7 +9,6 @@ file    {"schema": 1, "device", "arch", "torch", "triton", "date", "commit", "ro
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from tables import Row
 from tune_cases import Case
 from tune_filter import OK
 
+from tpffn_triton.kernels import _tuned
 from tpffn_triton.kernels._configs import Config
 
-SCHEMA = 1
-FOLDER = checkout.ROOT / "kernels" / "tuned"
 # Torch's GEMM takes a row if it is faster by so much: every such row sends a GEMM elsewhere.
 CUBLAS_MARGIN = 0.02
 Contender = Config | None
@@ -55,16 +53,6 @@ def kernels_digest() -> str:
     for path in sorted((checkout.ROOT / "kernels").glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def slug(device: str) -> str:
-    """Return a device's name as the name of a file."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-")
-
-
-def default_path(device: str) -> Path:
-    """Return where the kernels look for a device's file."""
-    return FOLDER / f"{slug(device)}.json"
 
 
 class State:
@@ -141,7 +129,7 @@ def file_of(state: State) -> dict[str, Any]:
     where = state.surroundings
     header = {name: where[name] for name in ("device", "arch", "torch", "triton")}
     header |= {"date": where["time_utc"], "commit": tables.commit_of(where).removeprefix("commit ")}
-    return {"schema": SCHEMA, **header, "rows": [row for row in rows if row is not None]}
+    return {"schema": _tuned.SCHEMA, **header, "rows": [row for row in rows if row is not None]}
 
 
 def write(content: dict[str, Any], path: Path) -> None:

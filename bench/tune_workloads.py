@@ -18,6 +18,7 @@ from workloads import Draws
 
 from tpffn_triton.kernels._configs import Config, arch_of
 from tpffn_triton.kernels.activations import halves
+from tpffn_triton.kernels.ffn_few_tokens import ffn_few_tokens
 from tpffn_triton.kernels.ffn_single_launch import ffn_single_launch
 from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
 from tpffn_triton.kernels.linear_act import linear_act
@@ -47,7 +48,13 @@ class Workload:
 def workload(case: Case, device: torch.device) -> Workload:
     """Return a case's workload, its tensors on the device. Raises: KeyError: an unknown kernel."""
     kernel = case.kernel.removeprefix("gated_")
-    make = {"ffn": _ffn, "linear_act": _linear_act, "linear_dact": _linear_dact, "weight_grads": _weight_grads}
+    make = {
+        "ffn": _ffn,
+        "few_tokens": _ffn,
+        "linear_act": _linear_act,
+        "linear_dact": _linear_dact,
+        "weight_grads": _weight_grads,
+    }
     make |= {"linear": _linear, "dgrad": _dgrad, "wgrad": _wgrad}
     return make[kernel](case, Draws(ARITHMETICS[case.arithmetic], device))
 
@@ -134,8 +141,10 @@ def _ffn(case: Case, drawn: Draws) -> Workload:
     b1, b2 = drawn.uniform(case.inner, width), drawn.uniform(case.cols, case.inner)
     w2 = drawn.uniform(case.cols, case.inner, case.cols)
 
+    launcher = ffn_few_tokens if case.kernel.endswith("few_tokens") else ffn_single_launch
+
     def launch(config: Config) -> Outputs:
-        y, act, pre_act = ffn_single_launch(x, w1, b1, w2, b2, activation, True, config=config)
+        y, act, pre_act = launcher(x, w1, b1, w2, b2, activation, True, config=config)
         assert pre_act is not None
         return {"y": y, "act": act, "pre_act": pre_act}
 

@@ -1,50 +1,21 @@
 """Tile configurations: a table per GPU, with the origin of every row, and the rule that picks one.
 
 Nothing is tuned at run time. A table holds, for one architecture, kernel and arithmetic, rows from the largest tile to
-the smallest; `select` takes the first row whose tiles are not much taller than the problem and still fill the GPU.
+the smallest; `select` takes the first row whose tiles are not much taller than the problem and still fill the GPU. What
+bench/tune.py has measured on a GPU comes before the table (_tuned.py).
 
 `origin` says where a row comes from. "compiles" means: chosen because it compiles within shared memory and, on sm_80
 and sm_90, without spills, in every form for every activation (tests/compile_gate.py; what sm_100 and gfx942 do is in
 docs/compiled.md); its speed has not been measured.
 """
 
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
 
-
-@dataclass(frozen=True)
-class Config:
-    """Constants of one compiled variant.
-
-    BLOCK_M × BLOCK_N   output tile; BLOCK_K is the step through the reduction
-    num_warps, num_stages   warps a program, depth of the software pipeline
-    USE_TMA             tensor descriptors instead of pointers; needs 16-byte aligned bases and row strides
-    SPLIT_EPILOGUE      work on the accumulator in two column halves
-    GROUP_M             row tiles that share their columns of tiles in L2
-    """
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-    USE_TMA: bool = False
-    SPLIT_EPILOGUE: bool = False
-    GROUP_M: int = 8
-    origin: str = "compiles"
-
-    @property
-    def STORED_N(self) -> int:
-        """Columns of a tile that the epilogue loads and stores at once."""
-        return self.BLOCK_N // 2 if self.SPLIT_EPILOGUE else self.BLOCK_N
-
-    @cached_property
-    def meta(self) -> dict:
-        """The keyword arguments of a launch."""
-        return {key: value for key, value in asdict(self).items() if key != "origin"}
+from . import _tuned
+from ._config import Config
 
 
 def _tma(m, n, k, warps, stages, split=False):
@@ -55,20 +26,26 @@ def _ptr(m, n, k, warps, stages, split=False):
     return Config(m, n, k, warps, stages, SPLIT_EPILOGUE=split)
 
 
+def _few(m, n, k, warps, stages, slices, prefetched=0, tma=True):
+    return Config(m, n, k, warps, stages, USE_TMA=tma, SPLIT_K=slices, PREFETCH_K=prefetched)
+
+
 _PLAIN_GEMMS = ("linear", "dgrad", "wgrad", "weight_grads")
-_OF_ACTIVATIONS = ("ffn", "linear_act", "linear_dact")
+_OF_ACTIVATIONS = ("ffn", "few_tokens", "linear_act", "linear_dact")
 KERNELS = (*_OF_ACTIVATIONS, *(f"gated_{kernel}" for kernel in _OF_ACTIVATIONS), *_PLAIN_GEMMS)
 
 
 def _table(
-    ffn, gated_ffn, linear_act, linear_dact, gated_act, gated_dact, gemm, tf32
+    ffn, gated_ffn, linear_act, linear_dact, gated_act, gated_dact, gemm, tf32, few=(), gated_few=()
 ) -> dict[tuple[str, str], tuple[Config, ...]]:
     ieee = (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 3))
     sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
     sixteen_bit |= {"ffn": ffn, "gated_ffn": gated_ffn, "gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
-    rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS}
-    rows |= {(kernel, "ieee"): ieee for kernel in KERNELS}
+    few_tokens = {"few_tokens": few, "gated_few_tokens": gated_few}
+    rows |= {(kernel, "tf32"): tf32 for kernel in KERNELS if kernel not in few_tokens}
+    rows |= {(kernel, "ieee"): ieee for kernel in KERNELS if kernel not in few_tokens}
+    rows |= {(kernel, "16bit"): configs for kernel, configs in few_tokens.items()}
     return rows | {
         ("ffn", "ieee"): (_ptr(64, 32, 32, 8, 2), ieee[1]),
         ("gated_ffn", "ieee"): (ieee[0], _ptr(32, 32, 32, 8, 2)),
@@ -85,6 +62,18 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         gated_dact=(_ptr(128, 64, 64, 8, 3, split=True), _ptr(64, 64, 32, 4, 3, split=True)),
         gemm=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
+        few=(
+            _few(16, 32, 128, 4, 4, 1, 512, tma=False),
+            _few(16, 32, 128, 4, 4, 4, 512, tma=False),
+            _few(64, 64, 64, 4, 3, 1, 256, tma=False),
+            _few(64, 64, 64, 4, 3, 4, 256, tma=False),
+        ),
+        gated_few=(
+            _few(16, 32, 64, 4, 4, 1, 512, tma=False),
+            _few(16, 32, 64, 4, 4, 4, 512, tma=False),
+            _few(64, 32, 64, 4, 3, 1, 256, tma=False),
+            _few(64, 32, 64, 4, 3, 4, 256, tma=False),
+        ),
     )
     | {
         ("linear_dact", "tf32"): (_ptr(64, 64, 32, 8, 3),),
@@ -114,6 +103,25 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
             _tma(64, 64, 64, 4, 4),
         ),
         tf32=(_ptr(64, 64, 32, 4, 3),),
+        few=(
+            _few(16, 64, 128, 4, 4, 1, 256),
+            _few(16, 32, 128, 4, 5, 1, 512),
+            _few(16, 32, 128, 4, 5, 4, 512),
+            _few(32, 64, 128, 4, 4, 1, 256),
+            _few(32, 64, 128, 4, 4, 2, 256),
+            _few(32, 32, 128, 4, 4, 4, 512),
+            _few(64, 128, 64, 4, 4, 1, 256),
+            _few(64, 128, 64, 4, 4, 4, 256),
+            _few(64, 64, 64, 4, 4, 8, 256),
+        ),
+        gated_few=(
+            _few(16, 32, 128, 4, 4, 1, 512),
+            _few(16, 32, 128, 4, 4, 4, 512),
+            _few(32, 32, 128, 4, 4, 1, 512),
+            _few(32, 32, 128, 4, 4, 4, 512),
+            _few(64, 64, 64, 4, 4, 1, 256),
+            _few(64, 64, 64, 4, 4, 4, 256),
+        ),
     ),
     "sm_100": _table(
         ffn=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
@@ -124,6 +132,25 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         gated_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(64, 64, 64, 4, 4, split=True)),
         gemm=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
+        few=(
+            _few(16, 64, 128, 4, 4, 1, 256),
+            _few(16, 32, 128, 4, 5, 1, 512),
+            _few(16, 32, 128, 4, 5, 4, 512),
+            _few(32, 64, 128, 4, 4, 1, 256),
+            _few(32, 64, 128, 4, 4, 2, 256),
+            _few(32, 32, 128, 4, 4, 4, 512),
+            _few(64, 128, 64, 4, 4, 1, 256),
+            _few(64, 128, 64, 4, 4, 4, 256),
+            _few(64, 64, 64, 4, 4, 8, 256),
+        ),
+        gated_few=(
+            _few(16, 32, 128, 4, 4, 1, 512),
+            _few(16, 32, 128, 4, 4, 4, 512),
+            _few(32, 32, 128, 4, 4, 1, 512),
+            _few(32, 32, 128, 4, 4, 4, 512),
+            _few(64, 64, 64, 4, 4, 1, 256),
+            _few(64, 64, 64, 4, 4, 4, 256),
+        ),
     ),
     "gfx942": _table(
         ffn=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),
@@ -190,13 +217,17 @@ def in_one_launch(arch: str, tiles: int) -> tuple[bool, str]:
     return one, f"{'at most' if one else 'more than'} {most} on each"
 
 
-def select(kernel: str, like, rows: int, cols: int, arch: str | None = None) -> Config:
-    """Return the configuration for a [rows, cols] output of `kernel` in the dtype of `like`, on an architecture, by
-    default that of like's device.
+def select(kernel: str, like, rows: int, cols: int, inner: int, arch: str | None = None) -> Config:
+    """Return the configuration for a [rows, cols] output of `kernel`, reduced over inner, in the dtype of `like`, on an
+    architecture, by default that of like's device.
 
-    The first row of the table that is at most 64 rows tall or less than twice as tall as the problem, and yields tiles
-    for three quarters of the processors; else the last.
+    What was measured on this GPU at about these sizes (_tuned.py); else the first row of the table that is at most 64
+    rows tall or less than twice as tall as the problem, and yields tiles for three quarters of the processors; else the
+    last.
     """
+    measured = _measured(kernel, like, rows, cols, inner, arch)
+    if measured is not None and measured.config is not None:
+        return measured.config
     arch = arch or arch_of(like.device)
     table = TABLES[arch][kernel, arithmetic_of(like.dtype)]
     for config in table:
@@ -205,3 +236,50 @@ def select(kernel: str, like, rows: int, cols: int, arch: str | None = None) -> 
         if not tall and tiles >= 0.75 * PROCESSORS[arch]:
             return config
     return table[-1]
+
+
+def select_for_few_tokens(
+    kernel: str, like, rows: int, cols: int, inner: int, arch: str | None = None
+) -> Config | None:
+    """Return the configuration of a kernel for few tokens; None: they are too many, or it has none in this arithmetic.
+
+    What was measured, as in `select`; else, of the least tall rows that all tokens fit in, the first that yields
+    programs for three quarters of the processors; else the last.
+    """
+    measured = _measured(kernel, like, rows, cols, inner, arch)
+    if measured is not None and measured.config is not None and rows <= measured.config.BLOCK_M:
+        return measured.config
+    arch = arch or arch_of(like.device)
+    fitting = [row for row in TABLES[arch].get((kernel, arithmetic_of(like.dtype)), ()) if rows <= row.BLOCK_M]
+    least = [row for row in fitting if min(row.BLOCK_M for row in fitting) == row.BLOCK_M]
+    for config in least:
+        if triton.cdiv(cols, config.BLOCK_N) * config.SPLIT_K >= 0.75 * PROCESSORS[arch]:
+            return config
+    return least[-1] if least else None
+
+
+def batch_invariant(kernel: str, like, arch: str | None = None) -> Config:
+    """Return the one configuration of a kernel whose results for a token may not depend on how many there are: the
+    first row of the table at most 64 columns wide, which makes enough programs of few tokens and is no small tile for
+    many; else the last."""
+    table = TABLES[arch or arch_of(like.device)][kernel, arithmetic_of(like.dtype)]
+    return next((config for config in table if config.BLOCK_N <= 64), table[-1])
+
+
+def faster_by_torch(kernel: str, like, rows: int, cols: int, inner: int, arch: str | None = None) -> str | None:
+    """Return what was measured where torch's own GEMM (cuBLAS) is faster than `kernel` on this GPU at about these
+    sizes; None: it is not, or nobody has measured. Arguments as of `select`."""
+    measured = _measured(kernel, like, rows, cols, inner, arch)
+    return measured.origin if measured is not None and measured.config is None else None
+
+
+def _measured(kernel: str, like, rows: int, cols: int, inner: int, arch: str | None) -> "_tuned.Measured | None":
+    """Nothing on an architecture that is only named: measurements are a GPU's."""
+    if arch is not None or like.device.type != "cuda":
+        return None
+    return _tuned.nearest(_gpu_name(like.device), kernel, arithmetic_of(like.dtype), (rows, cols, inner))
+
+
+@lru_cache
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

@@ -10,6 +10,7 @@ share counters. torch's own streams are never destroyed.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -67,6 +68,20 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
         kept = _cut(device, max(_LEAST, 1 << (count - 1).bit_length()), capturing=False)
         _of_stream[device, stream] = kept
     return kept
+
+
+def launch_counting(launch: Callable[..., None], count: int, *tensors: torch.Tensor) -> None:
+    """Call launch with the tensors and at least `count` counters, on the device of the first tensor."""
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # whose current stream counts
+            return launch_counting(launch, count, *tensors)
+    used = counters(device, count)
+    try:
+        launch(*tensors, used)
+    except BaseException:
+        discard(used)
+        raise
 
 
 def discard(used: torch.Tensor) -> None:

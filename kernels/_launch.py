@@ -5,19 +5,43 @@ compiled kernel, the fields of its TMA descriptors) follows from its operands' s
 once per signature and keeps it in a cache.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import _tuned
 from ._configs import Config, arithmetic_of, odd_strides, select
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 # Serving meets thousands of token counts; a prepared launch is some 5 KB, and 0.3 KB for each address of its tensors.
-prepared_once = lru_cache(maxsize=2048)
+_keep = lru_cache(maxsize=2048)
+_prepared: list = []
+
+
+def prepared_once(prepare: Callable) -> Any:
+    """Keep what a function prepares for its arguments, until `load_tuning` changes what it would choose."""
+    kept = _keep(prepare)
+    _prepared.append(kept)
+    return kept
+
+
+def load_tuning(path: str | Path) -> str:
+    """Let a file that bench/tune.py wrote choose tiles on its GPU, before what the package has measured there and
+    before its tables, from the next call on; returns the GPU's name.
+
+    Raises: ValueError: not such a file, another version of Triton, a value out of range (the message shows it).
+    OSError: it cannot be read.
+    """
+    device = _tuned.load(Path(path))
+    for kept in _prepared:
+        kept.cache_clear()
+    return device
 
 
 class Operand(NamedTuple):
@@ -101,17 +125,22 @@ def _addressable(t: Operand, by_tma: bool) -> bool:
     )
 
 
+def can_address(config: Config, *operands: Operand) -> bool:
+    """Say whether a configuration's copies, by TMA or 16 bytes at a time, can address every operand."""
+    return all(_addressable(t, config.USE_TMA) for t in operands)
+
+
 def configuration(
-    kernel: str, chosen: Config | None, rows: int, cols: int, *operands: Operand, arch: str | None = None
+    kernel: str, chosen: Config | None, rows: int, cols: int, inner: int, *operands: Operand, arch: str | None = None
 ) -> Config:
-    """Return the configuration for a [rows, cols] output of `kernel` from these matrices, the output among them: the
-    caller's, or the row of the tables for an architecture, by default that of their device.
+    """Return the configuration for a [rows, cols] output of `kernel`, reduced over inner, from these matrices, the
+    output among them: the caller's, or the row of the tables for an architecture, by default that of their device.
 
     Raises: ValueError: the caller's uses TMA, which cannot address an operand.
     """
     like = operands[0]
-    config = chosen or select(kernel, like, rows, cols, arch)
-    if all(_addressable(t, config.USE_TMA) for t in operands):
+    config = chosen or select(kernel, like, rows, cols, inner, arch)
+    if can_address(config, *operands):
         return config
     if chosen is None:
         return odd_strides(kernel, arithmetic_of(like.dtype))

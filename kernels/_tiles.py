@@ -44,6 +44,7 @@ def gemm_tile(
     tile_n,
     M,
     N,
+    first_k,
     K,
     stride_a,
     stride_b,
@@ -55,11 +56,12 @@ def gemm_tile(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Accumulate one tile of A @ B in fp32. PRECISION ("ieee" or "tf32") matters for fp32 operands only."""
+    """Accumulate one tile of A[:, first_k:K] @ B[first_k:K] in fp32; by TMA, K is the end of a row or a multiple of
+    BLOCK_K beyond first_k. PRECISION ("ieee" or "tf32") matters for fp32 operands only."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_TMA:
         # Reads past an edge return zero.
-        for k in range(0, K, BLOCK_K):
+        for k in range(first_k, K, BLOCK_K):
             if TRANS_A:
                 a_tile = a.load([k, tile_m * BLOCK_M]).T
             else:
@@ -83,14 +85,14 @@ def gemm_tile(
         step = tl.full((), BLOCK_K, tl.int64)
         if TRANS_A:
             # Not a load of [BLOCK_K, BLOCK_M] transposed: on sm_80 that goes through registers, without cp.async.
-            a_ptrs = a + offs_m[:, None] + offs_k[None, :].to(tl.int64) * stride_a
+            a_ptrs = a + offs_m[:, None] + (first_k + offs_k)[None, :].to(tl.int64) * stride_a
         else:
-            a_ptrs = _operand_ptrs(a, offs_m, offs_k, stride_a)
+            a_ptrs = _operand_ptrs(a, offs_m, first_k + offs_k, stride_a)
         if TRANS_B:
-            b_ptrs = _operand_ptrs(b, offs_n, offs_k, stride_b)
+            b_ptrs = _operand_ptrs(b, offs_n, first_k + offs_k, stride_b)
         else:
-            b_ptrs = _operand_ptrs(b, offs_k, offs_n, stride_b)
-        for k in range(0, K, BLOCK_K):
+            b_ptrs = _operand_ptrs(b, first_k + offs_k, offs_n, stride_b)
+        for k in range(first_k, K, BLOCK_K):
             a_tile = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
             if TRANS_A:
                 a_ptrs += step * stride_a
@@ -114,6 +116,7 @@ def gemm_gate_and_up(
     tile_n,
     M,
     N,
+    first_k,
     K,
     stride_a,
     stride_b,
@@ -129,7 +132,7 @@ def gemm_gate_and_up(
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_TMA:
         # A gate tile that reaches past N reads up rows: its columns past N are never stored.
-        for k in range(0, K, BLOCK_K):
+        for k in range(first_k, K, BLOCK_K):
             a_tile = a.load([tile_m * BLOCK_M, k])
             gate = tl.dot(a_tile, b.load([tile_n * BLOCK_N, k]).T, gate, input_precision=PRECISION)
             up = tl.dot(a_tile, b.load([N + tile_n * BLOCK_N, k]).T, up, input_precision=PRECISION)
@@ -137,10 +140,10 @@ def gemm_gate_and_up(
         offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M
         offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
         offs_k = tl.arange(0, BLOCK_K)
-        a_ptrs = _operand_ptrs(a, offs_m, offs_k, stride_a)
-        gate_ptrs = _operand_ptrs(b, offs_n, offs_k, stride_b)
-        up_ptrs = _operand_ptrs(b, N + offs_n, offs_k, stride_b)
-        for k in range(0, K, BLOCK_K):
+        a_ptrs = _operand_ptrs(a, offs_m, first_k + offs_k, stride_a)
+        gate_ptrs = _operand_ptrs(b, offs_n, first_k + offs_k, stride_b)
+        up_ptrs = _operand_ptrs(b, N + offs_n, first_k + offs_k, stride_b)
+        for k in range(first_k, K, BLOCK_K):
             mask = offs_k[None, :] < K - k
             a_tile = tl.load(a_ptrs, mask=mask, other=0.0)
             gate = tl.dot(a_tile, tl.load(gate_ptrs, mask=mask, other=0.0).T, gate, input_precision=PRECISION)

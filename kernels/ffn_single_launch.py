@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from . import _configs, _counters
+from ._inline_ptx import fence_async_proxy
 from ._launch import (
     Launch,
     Operand,
@@ -43,7 +44,6 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._ordering import fence_async_proxy
 from ._tiles import grouped_tile
 from .activations import GATED_ACTIVATIONS, features, kernel_activation
 from .linear_act import act_tile, gated_act_tile
@@ -170,23 +170,34 @@ def ffn_kernel(
         leave(counter_ptr, act_tiles, y_tiles)
 
 
-@prepared_once
-def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic, config) -> tuple:
-    """Return M, N, W, H, the number of counters, and the launch."""
-    x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
+def check_ffn(
+    x: Operand, w1: Operand, b1: tuple | None, w2: Operand, b2: tuple | None, activation: str, out_dtype: torch.dtype
+) -> tuple[int, int, int, int, int]:
+    """Return M, N, W, K, H of these operands; biases: signatures.
+
+    Raises: ValueError: what does not fit, an unknown activation, a dim of size 0 (the message shows them).
+    """
     M, W, K = check_operands("ffn Linear1", x, w1, trans_b=True)
-    gated, N = activation in GATED_ACTIVATIONS, features("ffn w1", activation, w1.shape)
-    act = fresh(M, N, x)
-    _, H, _ = check_operands("ffn Linear2", act, w2, trans_b=True)
+    N = features("ffn w1", activation, w1.shape)
+    _, H, _ = check_operands("ffn Linear2", fresh(M, N, x), w2, trans_b=True)
     for name, bias, width in (("b1", b1, W), ("b2", b2, H)):
         if bias is not None:
             check_contiguous(f"ffn {name}", Operand(*bias), (width,), like=x)
     check_dtype("ffn out", out_dtype)
     if 0 in (M, N, H):
         raise ValueError(f"ffn: nothing to launch with {M} tokens, {N} features and {H} outputs")
-    constant = kernel_activation(activation, x.dtype.itemsize)
-    y = fresh(M, H, x, out_dtype)
-    config = configuration("gated_ffn" if gated else "ffn", config, M, N, x, w1, w2, act, y)
+    kernel_activation(activation, x.dtype.itemsize)
+    return M, N, W, K, H
+
+
+@prepared_once
+def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic, config) -> tuple:
+    """Return M, N, W, H, the number of counters, and the launch."""
+    x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
+    M, N, W, K, H = check_ffn(x, w1, b1, w2, b2, activation, out_dtype)
+    gated = activation in GATED_ACTIVATIONS
+    act, y = fresh(M, N, x), fresh(M, H, x, out_dtype)
+    config = configuration("gated_ffn" if gated else "ffn", config, M, N, K, x, w1, w2, act, y)
     if gated and config.SPLIT_EPILOGUE:
         raise ValueError(f"ffn: no split epilogue with {activation}, got {config}")
     weight_tile, stored_tile = (config.BLOCK_N, config.BLOCK_K), (config.BLOCK_M, config.STORED_N)
@@ -206,7 +217,7 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
         scalars=(M, N, K, H, x.strides[0], w1.strides[0], w2.strides[0]),
         constants=config.meta
         | {
-            "ACTIVATION": constant,
+            "ACTIVATION": kernel_activation(activation, x.dtype.itemsize),
             "GATED": gated,
             "HAS_B1": b1 is not None,
             "HAS_B2": b2 is not None,
@@ -235,9 +246,6 @@ def ffn_single_launch(
     Raises: ValueError: an unknown activation; shapes, dtypes, devices, strides or a `config` that do not fit, or a
     dim of size 0 (the message shows them).
     """
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # whose current stream counts
-            return ffn_single_launch(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, config)
     out_dtype = out_dtype or x.dtype
     M, N, W, H, count, launch = _prepare(
         signature(x), signature(w1), signature(b1), signature(w2), signature(b2), activation, save_pre_act, out_dtype,
@@ -248,10 +256,6 @@ def ffn_single_launch(
     y = x.new_empty((M, H), dtype=out_dtype)
     stored = act if pre_act is None else pre_act  # a launch has no argument that is absent
     up = stored if W == N or pre_act is None else pre_act[:, N:]
-    counters = _counters.counters(x.device, count)
-    try:
-        launch(x, w1, w2, act, y, stored, up, act, x if b1 is None else b1, x if b2 is None else b2, counters)
-    except BaseException:
-        _counters.discard(counters)
-        raise
+    biases = (x if bias is None else bias for bias in (b1, b2))
+    _counters.launch_counting(launch, count, x, w1, w2, act, y, stored, up, act, *biases)
     return y, act, pre_act

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _configs
+from ._inline_ptx import launch_dependents
 from ._launch import (
     Launch,
     Operand,
@@ -29,7 +30,6 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._ordering import launch_dependents
 from ._tiles import add_row_vector, column_parts, gemm_gate_and_up, gemm_tile, grouped_tile, store_tile
 from .activations import GATED_ACTIVATIONS, activate, features, kernel_activation
 
@@ -62,9 +62,35 @@ def act_tile(
     """Compute and store one tile of act = activation(x @ weight.T + bias), and of pre_act. STORE_BY_TMA: act is a
     descriptor; everything else is one with USE_TMA."""
     acc = gemm_tile(
-        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight,
+        x, weight, tile_m, tile_n, M, N, 0, K, stride_x, stride_weight,
         False, True, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
+    store_act(
+        acc, act, pre_act, bias_ptr, tile_m, tile_n, M, N,
+        ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA, STORE_BY_TMA,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_act(
+    acc,
+    act,
+    pre_act,
+    bias_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_PRE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_EPILOGUE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    STORE_BY_TMA: tl.constexpr,
+):
+    """Add the bias to a tile of x @ weight.T; store it as pre_act's, and activated as act's."""
     row = tile_m * BLOCK_M
     PARTS: tl.constexpr = 2 if SPLIT_EPILOGUE else 1
     PART_N: tl.constexpr = BLOCK_N // PARTS
@@ -107,8 +133,35 @@ def gated_act_tile(
     """Compute and store one tile of act = f(x @ weight[:N].T + bias[:N]) · (x @ weight[N:].T + bias[N:]), and those of
     gate and up, the two halves of pre_act's columns; the rest is as in act_tile."""
     gate_acc, up_acc = gemm_gate_and_up(
-        x, weight, tile_m, tile_n, M, N, K, stride_x, stride_weight, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
+        x, weight, tile_m, tile_n, M, N, 0, K, stride_x, stride_weight, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
     )
+    store_gated_act(
+        gate_acc, up_acc, act, gate, up, bias_ptr, tile_m, tile_n, M, N,
+        ACTIVATION, HAS_BIAS, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, USE_TMA, STORE_BY_TMA,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_gated_act(
+    gate_acc,
+    up_acc,
+    act,
+    gate,
+    up,
+    bias_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_PRE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    STORE_BY_TMA: tl.constexpr,
+):
+    """Do with tiles of gate and up what store_act does with one."""
     row = tile_m * BLOCK_M
     col = tile_n * BLOCK_N
     if HAS_BIAS:
@@ -202,7 +255,7 @@ def _prepare(x, weight, bias, activation, save_pre_act, has_dependent, arithmeti
         return M, N, width, None
     act = fresh(M, N, x)
     name = "gated_linear_act" if gated else "linear_act"
-    config = configuration(name, config, M, N, x, weight, act)
+    config = configuration(name, config, M, N, K, x, weight, act)
     if gated and config.SPLIT_EPILOGUE:
         raise ValueError(f"linear_act: no split epilogue with {activation}, got {config}")
     half = Operand((M, N), (width, 1), x.dtype, x.device, 0)

@@ -108,7 +108,7 @@ def linear_dact_kernel(
     """d_pre = (dy @ weight) ⊙ act'(pre_act); tensors are pointers or descriptors (see _tiles)."""
     tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = gemm_tile(
-        dy, weight, tile_m, tile_n, M, N, K, stride_dy, stride_weight,
+        dy, weight, tile_m, tile_n, M, N, 0, K, stride_dy, stride_weight,
         False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     col = tile_n * BLOCK_N
@@ -189,7 +189,7 @@ def gated_linear_dact_kernel(
     """d_gate, d_up: the two halves of d_pre's columns, as gate and up are pre_act's (see linear_act)."""
     tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = gemm_tile(
-        dy, weight, tile_m, tile_n, M, N, K, stride_dy, stride_weight,
+        dy, weight, tile_m, tile_n, M, N, 0, K, stride_dy, stride_weight,
         False, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     col = tile_n * BLOCK_N
@@ -216,7 +216,7 @@ def _prepare(dy, weight, pre_act, activation, need_act, need_db, arithmetic, con
         return M, N, width, None
     act = fresh(M, N, dy)
     name = "gated_linear_dact" if gated else "linear_dact"
-    config = configuration(name, config, M, N, dy, weight, pre_act, act)
+    config = configuration(name, config, M, N, K, dy, weight, pre_act, act)
     if config.BLOCK_M % PARTIAL_ROWS:
         raise ValueError(f"{name}: BLOCK_M must be a multiple of {PARTIAL_ROWS}, got {config.BLOCK_M}")
     half = Operand((M, N), (width, 1), dy.dtype, dy.device, 0)

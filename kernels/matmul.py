@@ -9,11 +9,14 @@ fp32|bf16|fp16, one dtype throughout (but for the result, where asked for), last
 accumulation, one rounding at the store.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _configs
+from ._inline_ptx import wait_for_launch
 from ._launch import (
     Launch,
     Operand,
@@ -27,7 +30,6 @@ from ._launch import (
     prepared_once,
     signature,
 )
-from ._ordering import wait_for_launch
 from ._tiles import add_row_vector, column_parts, gemm_tile, grouped_tile, load_tile, store_tile
 
 
@@ -79,7 +81,7 @@ def matmul_tile(
 ):
     """Compute and store one tile of out [M, N] = a [M, K] @ b [K, N] (or [N, K].T with TRANS_B) + bias [N]."""
     acc = gemm_tile(
-        a, b, tile_m, tile_n, M, N, K, stride_a, stride_b,
+        a, b, tile_m, tile_n, M, N, 0, K, stride_a, stride_b,
         False, TRANS_B, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     col = tile_n * BLOCK_N
@@ -144,7 +146,7 @@ def wgrad_tile(
     BLOCK_M × BLOCK_N tiles cover [N, K] and BLOCK_K steps through M."""
     tile_m, tile_n = grouped_tile(tile, N, K, BLOCK_M, BLOCK_N, GROUP_M)
     acc = gemm_tile(
-        dy, x, tile_m, tile_n, N, K, M, stride_dy, stride_x,
+        dy, x, tile_m, tile_n, N, K, 0, M, stride_dy, stride_x,
         True, False, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
     )  # fmt: skip
     _store(acc, dw, tile_m * BLOCK_M, tile_n * BLOCK_N, N, K, ACCUMULATE, BLOCK_M, BLOCK_N, SPLIT_EPILOGUE, USE_TMA)
@@ -176,8 +178,25 @@ def wgrad_kernel(
     )  # fmt: skip
 
 
+class TorchGEMM:
+    """torch's own GEMM (cuBLAS), where it was measured to be faster: called as a `Launch` of matmul_kernel or, with
+    trans_a, of wgrad_kernel is."""
+
+    def __init__(self, trans_a: bool, trans_b: bool, has_bias: bool = False) -> None:
+        self.trans_a, self.trans_b, self.has_bias = trans_a, trans_b, has_bias
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: Any = None) -> None:
+        """Write a @ b (+ bias) to out."""
+        a, b = a.t() if self.trans_a else a, b.t() if self.trans_b else b
+        with torch.no_grad():  # for out=
+            if self.has_bias:
+                torch.addmm(bias, a, b, out=out)
+            else:
+                torch.mm(a, b, out=out)
+
+
 @prepared_once
-def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithmetic, config) -> tuple:
+def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithmetic, config, by_torch) -> tuple:
     """Return M, N, and the launch, if there is anything to compute; out: where to, or None."""
     a, b = Operand(*a), Operand(*b)
     M, N, K = check_operands(name, a, b, trans_b=trans_b)
@@ -190,7 +209,10 @@ def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithm
         result = Operand(*out)
     if M == 0 or N == 0:
         return M, N, None
-    config = configuration(name, config, M, N, a, b, result)
+    by_torch = by_torch and config is None and out_dtype == a.dtype and not dependent
+    if by_torch and _configs.faster_by_torch(name, a, M, N, K) is not None:
+        return M, N, TorchGEMM(False, trans_b, bias is not None)
+    config = configuration(name, config, M, N, K, a, b, result)
     launch = Launch(
         matmul_kernel,
         grid(config, M, N),
@@ -212,7 +234,7 @@ def _prepare_matmul(name, a, b, bias, out, out_dtype, trans_b, dependent, arithm
     return M, N, launch
 
 
-def _matmul(name, a, b, bias, out, out_dtype, trans_b, config, dependent=False):
+def _matmul(name, a, b, bias, out, out_dtype, trans_b, config, by_torch, dependent=False):
     M, N, launch = _prepare_matmul(
         name,
         signature(a),
@@ -224,6 +246,7 @@ def _matmul(name, a, b, bias, out, out_dtype, trans_b, config, dependent=False):
         dependent,
         _configs.arithmetic_of(a.dtype),
         config,
+        by_torch,
     )
     if out is None:
         out = a.new_empty((M, N), dtype=out_dtype)
@@ -239,16 +262,18 @@ def linear(
     out_dtype: torch.dtype | None = None,
     config: _configs.Config | None = None,
     *,
+    by_torch: bool = True,
     dependent: bool = False,
 ) -> torch.Tensor:
     """Return a [M, K] @ weight [N, K].T + bias [N] (None: no bias) as [M, N] in out_dtype (None: a's).
 
+    by_torch: torch's own GEMM takes its place where it was measured to be faster (_tuned.py).
     dependent: programmatic dependent launch: it may start before the previous launch of the stream, which must have
     been told so (linear_act's `has_dependent`), has ended, and waits for that before it reads anything.
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    return _matmul("linear", a, weight, bias, None, out_dtype or a.dtype, True, config, dependent)
+    return _matmul("linear", a, weight, bias, None, out_dtype or a.dtype, True, config, by_torch, dependent)
 
 
 def linear_into(
@@ -257,12 +282,14 @@ def linear_into(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     config: _configs.Config | None = None,
+    *,
+    by_torch: bool = True,
 ) -> None:
-    """Write what `linear` returns to out, contiguous [M, N].
+    """Write what `linear` returns to out, contiguous [M, N]; by_torch: as there.
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    _matmul("linear", a, weight, bias, out, out.dtype, True, config)
+    _matmul("linear", a, weight, bias, out, out.dtype, True, config, by_torch)
 
 
 def dgrad(
@@ -270,16 +297,18 @@ def dgrad(
     weight: torch.Tensor,
     out_dtype: torch.dtype | None = None,
     config: _configs.Config | None = None,
+    *,
+    by_torch: bool = True,
 ) -> torch.Tensor:
-    """Return dy [M, K] @ weight [K, N] as [M, N] in out_dtype (None: dy's).
+    """Return dy [M, K] @ weight [K, N] as [M, N] in out_dtype (None: dy's); by_torch: as of `linear`.
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
-    return _matmul("dgrad", dy, weight, None, None, out_dtype or dy.dtype, False, config)
+    return _matmul("dgrad", dy, weight, None, None, out_dtype or dy.dtype, False, config, by_torch)
 
 
 @prepared_once
-def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, Launch | None]:
+def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config, by_torch=False) -> tuple:
     """Return N, K, and the launch, if there is anything to compute; dw: what to add to, or None."""
     dy, x = Operand(*dy), Operand(*x)
     check_matrix("wgrad dy", dy)
@@ -294,7 +323,10 @@ def _prepare_wgrad(dy, x, dw, out_dtype, arithmetic, config) -> tuple[int, int, 
         out = Operand(*dw)
     if 0 in (M, N, K):
         return N, K, None
-    config = configuration("wgrad", config, N, K, dy, x, out)
+    by_torch = by_torch and config is None and out_dtype == dy.dtype
+    if by_torch and _configs.faster_by_torch("wgrad", dy, N, K, M) is not None:
+        return N, K, TorchGEMM(True, False)
+    config = configuration("wgrad", config, N, K, M, dy, x, out)
     launch = Launch(
         wgrad_kernel,
         grid(config, N, K),
@@ -314,14 +346,16 @@ def wgrad(
     x: torch.Tensor,
     out_dtype: torch.dtype | None = None,
     config: _configs.Config | None = None,
+    *,
+    by_torch: bool = True,
 ) -> torch.Tensor:
-    """Return dy [M, N].T @ x [M, K] as [N, K] in out_dtype (None: dy's).
+    """Return dy [M, N].T @ x [M, K] as [N, K] in out_dtype (None: dy's); by_torch: as of `linear`.
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     out_dtype = out_dtype or dy.dtype
     N, K, launch = _prepare_wgrad(
-        signature(dy), signature(x), None, out_dtype, _configs.arithmetic_of(dy.dtype), config
+        signature(dy), signature(x), None, out_dtype, _configs.arithmetic_of(dy.dtype), config, by_torch
     )
     if launch is None:
         return dy.new_zeros((N, K), dtype=out_dtype)

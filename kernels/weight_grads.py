@@ -142,9 +142,9 @@ def form_of(
         return Form(None, f"nothing to multiply: M={M}, W={W}, H={H}, F={F}")
     if dw1.dtype != dw2.dtype:
         return Form(None, f"dw1 is {dw1.dtype}, dw2 {dw2.dtype}")
-    arch = arch or _configs.arch_of(d_pre.device)
+    asked, arch = arch, arch or _configs.arch_of(d_pre.device)
     # dw1 and dw2.T side by side: together they fill the GPU.
-    row = configuration("weight_grads", config, W + F, H, d_pre, x, dy, act, dw1, dw2, arch=arch)
+    row = configuration("weight_grads", config, W + F, H, M, d_pre, x, dy, act, dw1, dw2, arch=asked)
     tiles = max(grid(row, W, H)[0], grid(row, H, F)[0])
     size = f"{tiles} tiles of the larger gradient on {PROCESSORS[arch]} processors"
     if config is not None:

@@ -22,13 +22,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from compile_inspect import inspect_amd, inspect_nvidia
+from compile_inspect import COUNTING, COUNTING_SLICES, inspect_amd, inspect_nvidia
 from compile_pool import results
 from compile_report import ENFORCED, configurations, describe, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from tpffn_triton.kernels import column_sum, ffn_single_launch, linear_act, linear_dact, matmul, weight_grads
+from tpffn_triton.kernels import (
+    column_sum,
+    ffn_few_tokens,
+    ffn_single_launch,
+    linear_act,
+    linear_dact,
+    matmul,
+    weight_grads,
+)
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
 from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
@@ -46,6 +54,8 @@ _FFN = {"x": "MK", "w1": "NK", "w2": "NK", "act": "MK", "y": "Mn", "pre_act": "M
 SPECS = {
     "ffn": (ffn_single_launch.ffn_kernel, _FFN),
     "gated_ffn": (ffn_single_launch.ffn_kernel, _FFN),
+    "few_tokens": (ffn_few_tokens.few_tokens_kernel, _FFN),
+    "gated_few_tokens": (ffn_few_tokens.few_tokens_kernel, _FFN),
     "linear_act": (linear_act.linear_act_kernel, {"x": "MK", "weight": "NK", "act": "Mn", "pre_act": "Mn"}),
     "linear_dact": (
         linear_dact.linear_dact_kernel,
@@ -70,16 +80,18 @@ SPECS = {
 # What a kernel does only if asked: its forms are the combinations.
 OPTIONS = {
     "ffn": ("HAS_B1", "HAS_B2", "SAVE_PRE_ACT"),
+    "few_tokens": ("HAS_B1", "HAS_B2", "SAVE_PRE_ACT"),
     "linear_act": ("HAS_BIAS", "SAVE_PRE_ACT"),
     "linear_dact": ("STORE_ACT", "STORE_DB"),
     "linear": ("HAS_BIAS",),
     "weight_grads": ("HAS_DB1", "HAS_DB2"),
 }
-OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "linear_act", "linear_dact")}
+OPTIONS |= {f"gated_{kernel}": OPTIONS[kernel] for kernel in ("ffn", "few_tokens", "linear_act", "linear_dact")}
 # Kernels of two GEMMs take long to compile: of their forms those with everything, with nothing, and the single launch
 # without b2, as on all ranks but the first.
 FORMS_OF_TWO_GEMMS = {
     "ffn": [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ()],
+    "few_tokens": [OPTIONS["ffn"], ("HAS_B1", "SAVE_PRE_ACT"), ()],
     "weight_grads": [OPTIONS["weight_grads"], ()],
 }
 # Which arguments the compiler knows to be multiples of 16: addresses in bytes, N, and K with the row strides; never M.
@@ -89,7 +101,7 @@ KNOWN = {"all": ("ptr", "N", "K")} | ODD
 SIZES = {"M": "M", "N": "N", "K": "K", "W": "N", "F": "N", "H": "K", "R": "M", "T": "M"}
 ADDED = "fp32 +="
 # What a kernel stores where it is asked for another dtype than its operands'.
-OUTPUTS = dict.fromkeys(("ffn", "gated_ffn", "linear", "dgrad"), ("fp32",))
+OUTPUTS = dict.fromkeys(("ffn", "gated_ffn", "few_tokens", "gated_few_tokens", "linear", "dgrad"), ("fp32",))
 OUTPUTS |= dict.fromkeys(("wgrad", "weight_grads"), ("fp32", ADDED))
 
 
@@ -183,7 +195,7 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
     stored = variant.output.removesuffix(" +=")
     dtypes = dict.fromkeys(("dw", "dw1", "dw2", "db1_ptr", "db2_ptr", "out", "y"), stored)
-    dtypes |= {"db_partial_ptr": "fp32", "counters_ptr": "i32"}
+    dtypes |= {"db_partial_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32"}
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
@@ -237,10 +249,17 @@ def _described(variant: Variant) -> dict:
     return variant._asdict() | {"config": config, "triton": triton.__version__}
 
 
+def counts_of(variant: Variant) -> dict[str, int]:
+    """Return how many instructions count, of each kind; of a kernel in one launch alone."""
+    if not variant.kernel.endswith(("ffn", "few_tokens")):
+        return {}
+    return COUNTING_SLICES if variant.config.SPLIT_K > 1 else COUNTING
+
+
 def check(variant: Variant) -> dict:
     """Compile and inspect one variant."""
     aligned = variant.known == "all"
-    counting = variant.kernel.endswith("ffn")
+    counting = counts_of(variant)
     row = _described(variant)
     try:
         compiled = compile_variant(variant)
@@ -251,6 +270,7 @@ def check(variant: Variant) -> dict:
         # Rows that start at odd addresses cannot be copied asynchronously.
         copy = "UTMALDG" if variant.config.USE_TMA else "LDGSTS" if aligned else None
         kind = {"gemms": 2 if counting else 1, "counting": counting, "dependent": is_dependent(variant)}
+        kind["wgmma"] = variant.config.BLOCK_M >= 64
         report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, **kind)
     else:
         report = inspect_amd(compiled, variant.arch, counting)

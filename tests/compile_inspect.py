@@ -4,6 +4,8 @@ whether what its programs publish to each other reaches them (ptx_lint.py)."""
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from ptx_lint import lint
 from triton import knobs
@@ -19,6 +21,8 @@ ATOMICS = r"\b(?:ATOMG?|ATOMS(?!\.(?:AND|OR)\b)|REDG?|UTMAREDG|UBLKRED)\b|\b(?:g
 # The instructions with which the single launch counts: a ticket taken and the tickets reset, a row block seen and its
 # counter reset; a tile published; and the poll, which is a load.
 COUNTING = {"relaxed": 4, "releases": 1, "acquires": 1}
+# With slices: in either stage a slice is counted, acquiring and releasing, and their counter reset.
+COUNTING_SLICES = {"relaxed": 6, "releases": 3, "acquires": 3}
 SILENT = dict.fromkeys(COUNTING, 0)
 
 
@@ -60,13 +64,13 @@ def _k_loops(sass: str, instruction: str) -> list[str]:
     return ["\n".join(lines[start : end + 1]) for start, end in apart]
 
 
-def _problems(report: dict, arch: str, counting: bool) -> list[str]:
+def _problems(report: dict, arch: str, counting: dict[str, int]) -> list[str]:
     problems = []
     if report["stack"] or report["spills"]:
         problems.append(f"spills: {report['stack']} bytes of stack, {report['spills']} instructions")
     if report["shared"] > SHARED_LIMIT[arch]:
         problems.append(f"{report['shared']} bytes of shared memory exceed {SHARED_LIMIT[arch]}")
-    expected = COUNTING["relaxed"] + COUNTING["releases"] if counting else 0
+    expected = counting.get("relaxed", 0) + counting.get("releases", 0)  # the poll is a load
     if report["atomics"] != expected:
         problems.append(f"atomic instructions: {report['atomics']}, not {expected}")
     if report["float_atomics"]:
@@ -80,14 +84,15 @@ def inspect_nvidia(
     arithmetic: str,
     copy: str | None,
     gemms: int | None = 1,
-    counting: bool = False,
+    counting: Mapping[str, int] = MappingProxyType({}),
     dependent: bool = False,
+    wgmma: bool = True,
 ) -> dict:
     """Return resource use and instruction counts of a cubin, with the list of what is wrong with it.
 
-    copy: the instruction that feeds its K loops; gemms: how many K loops it has; counting: its programs count, as those
-    of the single launch do; dependent: it waits for the launch before. Counts of instructions are those of the K loop
-    with the fewest.
+    copy: the instruction that feeds its K loops; gemms: how many K loops it has; counting: how its programs count, as
+    those of the single launch do; dependent: it waits for the launch before; wgmma: its tiles are tall enough for
+    Hopper's own tensor-core instructions. Counts of instructions are those of the K loop with the fewest.
     """
     registers, stack, sass = _disassemble(compiled.asm["cubin"])
     linted = lint(compiled.asm["ptx"])
@@ -96,7 +101,7 @@ def inspect_nvidia(
         return len(re.findall(rf"\b{pattern}", text))
 
     # Hopper has no HGMMA for transposed TF32 operands, so triton uses HMMA there.
-    tensor_core = r"\w*HG?MMA" if arithmetic == "tf32" else TENSOR_CORES[arch]
+    tensor_core = r"\w*HG?MMA" if arithmetic == "tf32" or not wgmma else TENSOR_CORES[arch]
     instruction = "FFMA" if arithmetic == "ieee" else tensor_core
     loops = _k_loops(sass, instruction) or [""]
     report = {
@@ -110,7 +115,7 @@ def inspect_nvidia(
         "float_atomics": linted.float_atomics,
     }
     problems = _problems(report, arch, counting) + linted.findings
-    expected = (COUNTING if counting else SILENT) | {"launch_waits": int(dependent)}
+    expected = SILENT | counting | {"launch_waits": int(dependent)}
     found = {kind: getattr(linted, kind) for kind in expected}
     if found != expected:
         problems.append(f"synchronisation: {found}, not {expected}")
@@ -125,7 +130,7 @@ def inspect_nvidia(
     return report | {"problems": problems}
 
 
-def inspect_amd(compiled, arch: str, counting: bool = False) -> dict:
+def inspect_amd(compiled, arch: str, counting: Mapping[str, int] = MappingProxyType({})) -> dict:
     """Return resource use of a code object, with the list of what is wrong with it."""
     assembly = compiled.asm["amdgcn"]
 

@@ -31,14 +31,16 @@ def configurations(arch: str) -> Iterator[tuple[str, str, Config, bool]]:
     """Yield (kernel, arithmetic, config, aligned) for all rows of an architecture."""
     for kernel in KERNELS:
         for arithmetic in ("16bit", "tf32", "ieee"):
-            yield from ((kernel, arithmetic, config, True) for config in TABLES[arch][kernel, arithmetic])
-            yield kernel, arithmetic, odd_strides(kernel, arithmetic), False
+            yield from ((kernel, arithmetic, config, True) for config in TABLES[arch].get((kernel, arithmetic), ()))
+            if not kernel.endswith("few_tokens"):  # what it cannot address goes to another kernel
+                yield kernel, arithmetic, odd_strides(kernel, arithmetic), False
 
 
 def describe(config: Config, aligned: bool) -> str:
     """Return a row's name."""
     tile = f"{config.BLOCK_M}×{config.BLOCK_N}×{config.BLOCK_K} w{config.num_warps} s{config.num_stages}"
     tile += " tma" if config.USE_TMA else " ptr"
+    tile += f" {config.SPLIT_K} slices" if config.SPLIT_K > 1 else ""
     return tile + (" split" if config.SPLIT_EPILOGUE else "") + ("" if aligned else " odd")
 
 

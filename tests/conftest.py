@@ -59,7 +59,8 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def in_several_launches(monkeypatch):
     """Tables that never ask for one launch: sizes that are too large for one take long to interpret."""
-    caches = forward._form, weight_grads._prepare
+    monkeypatch.setattr(_configs, "select_for_few_tokens", lambda *args: None)
+    caches = forward._chosen, weight_grads._prepare
     for arch in _configs.MOST_WAVES:
         monkeypatch.setitem(_configs.MOST_WAVES, arch, 0)
     for cache in caches:

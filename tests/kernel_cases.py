@@ -50,9 +50,11 @@ def rows_of(*kernels: str) -> list:
     found = {}
     for arch in ("sm_80", "sm_90"):
         for (kernel, arithmetic), rows in TABLES[arch].items():
-            for config in (*rows, odd_strides(kernel, arithmetic)) if kernel in kernels else ():
+            odd = () if kernel.endswith("few_tokens") else (odd_strides(kernel, arithmetic),)
+            for config in (*rows, *odd) if kernel in kernels else ():
                 tile = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
                 name = f"{kernel}-{arithmetic}-{tile}-{'tma' if config.USE_TMA else 'ptr'}-w{config.num_warps}"
+                name += f"-{config.SPLIT_K}_slices" if config.SPLIT_K > 1 else ""
                 found[kernel, arithmetic, config] = pytest.param(kernel, arithmetic, config, id=name)
     return [*found.values()]
 
@@ -78,6 +80,8 @@ def running(config: Config, arithmetic: str, device: str) -> Iterator[torch.dtyp
 
 # M, K, N, H: one tile; several; and at odd strides.
 FFN_SHAPES = {"smoke": (24, 32, 40, 32), "tiles": (130, 96, 152, 104), "odd": (67, 45, 71, 37)}
+# Few tokens, several tiles of features and of outputs, in strides that TMA and cp.async take.
+FEW_TOKENS = (24, 96, 160, 112)
 
 
 def ffn_operands(draw, shape, activation, dtype, device) -> list:

@@ -73,14 +73,14 @@ MUTANTS = {
         ),
         (
             "K tile skipped on the pointer path",
-            "for k in range(0, K, BLOCK_K):\n            a_tile = tl.load",
-            "for k in range(0, K - BLOCK_K, BLOCK_K):\n            a_tile = tl.load",
+            "for k in range(first_k, K, BLOCK_K):\n            a_tile = tl.load",
+            "for k in range(first_k, K - BLOCK_K, BLOCK_K):\n            a_tile = tl.load",
             TILES,
         ),
         (
             "K tile skipped on the TMA path",
-            "# Reads past an edge return zero.\n        for k in range(0, K, BLOCK_K):",
-            "for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):",
+            "# Reads past an edge return zero.\n        for k in range(first_k, K, BLOCK_K):",
+            "for k in range(first_k, K // BLOCK_K * BLOCK_K, BLOCK_K):",
             ROWS,
         ),
         (

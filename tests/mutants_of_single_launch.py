@@ -6,6 +6,8 @@ catch.
 """
 
 SIMULATOR = "test_single_launch_schedules.py -k 'any_schedule and gelu-pointers'"
+SIMULATOR_OF_FEW = "test_single_launch_schedules.py -k 'few_tokens and gelu-slices'"
+FEW = "test_few_tokens.py -k {}"
 COUNTERS = "test_counters.py -k {}"
 SINGLE = "test_single_launch.py -k {}"
 FORMS = "test_forward.py"
@@ -19,6 +21,9 @@ RESET = 'tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")'
 TICKET = 'tl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")'
 TICKETS = "tl.cdiv(M, BLOCK_M) * (act_tiles + y_tiles)"
 TICKET_RESET = 'tl.atomic_xchg(counters_ptr, 0, sem="relaxed", scope="gpu")'
+COUNT_SLICE = 'tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")'
+LAST_SLICE = "last = before == SPLIT_K - 1"
+RESET_SLICES = 'tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")'
 PUBLISHED = "        publish(counter_ptr, USE_TMA)\n"
 
 MUTANTS = {
@@ -63,6 +68,72 @@ MUTANTS = {
             "@triton.jit\ndef ffn_kernel",
             JIT,
         ),
+    ],
+    "kernels/ffn_few_tokens.py": [
+        ("slice counted relaxed", COUNT_SLICE, COUNT_SLICE.replace("acq_rel", "relaxed"), SIMULATOR_OF_FEW),
+        ("slice counted without acquiring", COUNT_SLICE, COUNT_SLICE.replace("acq_rel", "release"), SIMULATOR_OF_FEW),
+        ("slice counted without releasing", COUNT_SLICE, COUNT_SLICE.replace("acq_rel", "acquire"), SIMULATOR_OF_FEW),
+        ("slice counted for the own program", COUNT_SLICE, COUNT_SLICE.replace("gpu", "cta"), SIMULATOR_OF_FEW),
+        ("slices added by the last but one", LAST_SLICE, LAST_SLICE.replace("- 1", "- 2"), SIMULATOR_OF_FEW),
+        ("slices counted for ever", RESET_SLICES, "pass", SIMULATOR_OF_FEW),
+        ("slices in one place", "partial_ptr + part * SLICE", "partial_ptr", SIMULATOR_OF_FEW),
+        ("tiles' slices in one place", "tile.to(tl.int64) * (SPLIT_K", "0 * (SPLIT_K", SIMULATOR_OF_FEW),
+        ("slices of one counter for all tiles", "counters_ptr + 2 + tile", "counters_ptr + 2", SIMULATOR_OF_FEW),
+        ("few tokens: no wait", "        wait_for_tiles(ready_ptr, act_tiles, USE_TMA)\n", "", SIMULATOR_OF_FEW),
+        (
+            "few tokens: wait for all tiles but one",
+            "wait_for_tiles(ready_ptr, act_tiles",
+            "wait_for_tiles(ready_ptr, act_tiles - 1",
+            SIMULATOR_OF_FEW,
+        ),
+        (
+            "few tokens: one tile of y leaves for all of its slices",
+            "act_tiles, y_tiles * SPLIT_K)",
+            "act_tiles, y_tiles)",
+            SIMULATOR_OF_FEW,
+        ),
+        ("few tokens: program ids for tickets", TICKET, "tl.program_id(0)", SIMULATOR_OF_FEW),
+        (
+            "few tokens: consumers first",
+            "tile = ticket // SPLIT_K",
+            "tile = act_tiles + y_tiles - 1 - ticket // SPLIT_K",
+            SIMULATOR_OF_FEW,
+        ),
+        ("few tokens: tickets never reset", TICKET_RESET, "pass", SIMULATOR_OF_FEW),
+        (
+            "slices that overlap",
+            "end_k = tl.minimum(first_k + length, K)",
+            "end_k = tl.minimum(first_k + length + 1, K)",
+            FEW.format("exact"),
+        ),
+        (
+            "act's last slice left out",
+            "tl.static_range(1, SPLIT_K)",
+            "tl.static_range(1, SPLIT_K - 1)",
+            FEW.format("exact"),
+        ),
+        ("b2 dropped for few tokens", "        if HAS_B2:\n", "        if False:\n", FEW.format("exact")),
+        (
+            "few tokens that are too many",
+            "if config.BLOCK_M < M:",
+            "if config.BLOCK_M < M - 8:",
+            FEW.format("rejected"),
+        ),
+        (
+            "few tokens that compile for each M",
+            '@triton.jit(do_not_specialize=["M"])\ndef few_tokens_kernel',
+            "@triton.jit\ndef few_tokens_kernel",
+            JIT,
+        ),
+    ],
+    "kernels/_configs.py": [
+        (
+            "rows for few tokens that do not fit them",
+            "row.BLOCK_M >= rows]",
+            "row.BLOCK_M >= rows // 2]",
+            FEW.format("the_row"),
+        ),
+        ("slices where tiles suffice", "config.SPLIT_K >= 0.75 *", "config.SPLIT_K >= 1.5 *", FEW.format("the_row")),
     ],
     "kernels/_counters.py": [
         ("counters that do not grow", "count > len(kept)", "count > 9 * len(kept)", COUNTERS.format("grow")),

@@ -1,4 +1,5 @@
-"""Run the single launch in one simulated schedule, and compare it with the two launches that it replaces."""
+"""Run one launch of both GEMMs in one simulated schedule, and compare it with the two launches that it replaces, or,
+for few tokens, whose reductions may be split, with itself where nothing interleaves."""
 
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -9,6 +10,7 @@ from simulator import Simulation
 
 from tpffn_triton.kernels._configs import Config
 from tpffn_triton.kernels.activations import halves
+from tpffn_triton.kernels.ffn_few_tokens import ffn_few_tokens
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.matmul import linear
 
@@ -60,3 +62,31 @@ class Case:
                 assert_same(results, expected)
                 assert not any(kept.any() for kept in counters._of_stream.values())
         assert simulation.switches >= sum(-(-M // 32) for M in TOKENS) * 5 - 1  # one a program, at least
+
+
+# One row block of 32; five tiles of act and y together, of which slices may be empty.
+FEW = (20, 7, 32)
+
+
+@dataclass
+class FewTokens:
+    """The same as Case of the launch for few tokens, of FEW tokens one launch after the other."""
+
+    activation: str
+    config: Config
+    save_pre_act: bool
+
+    def __post_init__(self) -> None:
+        self.weights = weights(self.activation)
+        self.options = (self.activation, self.save_pre_act, self.config)
+        self.expected = [ffn_few_tokens(tokens(M), *self.weights, *self.options) for M in FEW]
+
+    def check(self, ffn_few_tokens, counters: ModuleType, seed: int, resident: int | None, **options) -> None:
+        """As Case.check."""
+        order = "random" if seed % 2 else "ascending"
+        with Simulation(seed=seed, resident=resident, order=order, **options) as simulation:
+            for M, expected in zip(FEW, self.expected, strict=True):
+                results = ffn_few_tokens(tokens(M), *self.weights, *self.options)
+                assert_same(results, expected)
+                assert not any(kept.any() for kept in counters._of_stream.values())
+        assert simulation.switches >= len(FEW) * 5 * self.config.SPLIT_K - 1  # one a program, at least

@@ -23,7 +23,7 @@ import workloads
 from forms_measure import EACH, ONE, UNFUSED, LaunchedBy, Way, ways
 
 import tpffn_triton as tp
-from tpffn_triton.kernels.forward import DEPENDENT, FORMS, SINGLE, TWO
+from tpffn_triton.kernels.forward import DEPENDENT, FEW, FORMS, SINGLE, TWO
 
 pytestmark = pytest.mark.cpu_only
 BENCH = ROOT / "bench" / "forms_bench.py"
@@ -48,7 +48,7 @@ def test_every_way_is_timed(activation: str, sizes, bench, tmp_path: Path, capsy
     tokens_flag = ",".join(map(str, sizes))
     assert bench("--tokens", tokens_flag, "--activation", activation, "--json", str(out), "--plot", str(plot)) == 0
     rows = json.loads(out.read_text())
-    compared = [(mode, way.form, way.gradients) for mode in ("fwd", "fwd_bwd") for way in ways(mode, "sm_90")]
+    compared = [(mode, way.form, way.gradients) for mode in ("fwd", "fwd_bwd") for way in ways(mode, "sm_90", FEW)]
     assert [(row["tokens"], row["mode"], row["form"], row["gradients"]) for row in rows] == [
         (tokens, *way) for tokens in sorted(sizes) for way in compared
     ]
@@ -82,10 +82,10 @@ def test_every_way_is_timed(activation: str, sizes, bench, tmp_path: Path, capsy
 def test_each_way_launches_what_it_says() -> None:
     shape = workloads.Shape("", 1, 24, 32, 48, 1)
     problem = workloads.shard(workloads.draw(shape, "bf16", "gelu", CPU), 0, 1, "gelu")
-    shard = forms_measure.shard_of(shape, "bf16", "gelu", "sm_90")
+    shard = forms_measure.shard_of(shape, "bf16", "gelu", CPU)
     forward = implementations.IMPLEMENTATIONS["fused"].build("gelu", False)
     backward = {"linear_dact_kernel": 1, "matmul_kernel": 1}
-    for way in ways("fwd_bwd", "sm_90")[1:]:
+    for way in ways("fwd_bwd", "sm_90", FEW)[1:]:
         exchanged = forms_measure.launchers(way, forms_measure.configs(shard, way))
         step = LaunchedBy("cpu", exchanged, lambda: steps.make_step(forward, problem, None, "fwd_bwd", False))
         with count_launches() as launches:
@@ -93,8 +93,8 @@ def test_each_way_launches_what_it_says() -> None:
         expected = dict(backward) | (
             {"weight_grads_kernel": 1} if way.gradients == ONE else {"wgrad_kernel": 2, "column_sum_kernel": 2}
         )
-        if way.form == SINGLE:
-            expected["ffn_kernel"] = 1
+        if way.form in (FEW, SINGLE):
+            expected["ffn_kernel" if way.form == SINGLE else "few_tokens_kernel"] = 1
         else:
             expected |= {"linear_act_kernel": 1, "matmul_kernel": 2}
         assert launches == expected, way
@@ -102,13 +102,14 @@ def test_each_way_launches_what_it_says() -> None:
 
 
 def test_ways() -> None:
-    assert ways("fwd", "sm_90") == [Way(UNFUSED), *map(Way, FORMS)]
+    assert ways("fwd", "sm_90", FEW) == [Way(UNFUSED), *map(Way, FORMS)]
+    assert ways("fwd", "sm_90", SINGLE) == [Way(UNFUSED), *map(Way, FORMS[1:])]
     assert Way(DEPENDENT) not in ways("fwd", "sm_80")
     assert ways("fwd_bwd", "sm_80")[1:] == [Way(form, how) for form in (SINGLE, TWO) for how in (ONE, EACH)]
 
 
 def test_a_form_that_the_tables_do_not_choose_has_its_rows() -> None:
-    shard = forms_measure.shard_of(workloads.Shape("", 1, 8192, 8192, 8192, 1), "bf16", "gelu", "sm_90")
+    shard = forms_measure.shard_of(workloads.Shape("", 1, 8192, 8192, 8192, 1), "bf16", "gelu", CPU)
     assert (shard.choice.form, shard.gradients.config) == (DEPENDENT, None)
     names = ["linear_act", "linear"], ["linear_dact", "dgrad"], ["wgrad dw1", "wgrad dw2"]
     assert [*forms_measure.configs(shard, Way(SINGLE, ONE))] == ["ffn", *names[1], "weight_grads"]

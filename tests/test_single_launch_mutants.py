@@ -3,14 +3,15 @@
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import model_mutants
 import pytest
 import test_ptx_lint
 from kernel_cases import TINY
-from mutants_of_single_launch import MUTANTS, SIMULATOR
-from schedules import Case
+from mutants_of_single_launch import MUTANTS, SIMULATOR, SIMULATOR_OF_FEW
+from schedules import Case, FewTokens
 from shadow_memory import Fault
 
 from tpffn_triton import interpreter
@@ -34,7 +35,8 @@ def copy_of_kernels(tmp_path, monkeypatch):
         assert source.count(text) == 1
         path.write_text(source.replace(text, replacement))
         monkeypatch.syspath_prepend(tmp_path)
-        return [importlib.import_module(f"{package}.{name}") for name in ("ffn_single_launch", "_counters")]
+        names = ("ffn_single_launch", "ffn_few_tokens", "_counters")
+        return [importlib.import_module(f"{package}.{name}") for name in names]
 
     yield load
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
@@ -42,8 +44,11 @@ def copy_of_kernels(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def case():
-    return Case("gelu", TINY, True)
+def cases():
+    return {
+        SIMULATOR: Case("gelu", TINY, True),
+        SIMULATOR_OF_FEW: FewTokens("gelu", replace(TINY, SPLIT_K=2), False),
+    }
 
 
 def test_the_documentation_lists_every_mistake():
@@ -52,38 +57,44 @@ def test_the_documentation_lists_every_mistake():
         (name, "simulator", f"`{file}`")
         for file, mutants in MUTANTS.items()
         for name, *_, tests in mutants
-        if tests == SIMULATOR
+        if tests in (SIMULATOR, SIMULATOR_OF_FEW)
     ]
     linted = test_ptx_lint.MUTANTS | test_ptx_lint.MUTANTS_OF_TMA
-    rows += [(name, f"lint: {rules[0]}", "`kernels/ffn_single_launch.py`") for name, rules in linted.items() if rules]
+    rows += [
+        (name, f"lint: {rules[0]}", f"`kernels/ffn_{'few_tokens' if name.startswith('slice') else 'single_launch'}.py`")
+        for name, rules in linted.items()
+        if rules
+    ]
     rows += [(mutant.name, f"model: {mutant.verdict}", "the model's protocol") for mutant in model_mutants.MUTANTS]
     page = (KERNELS.parent / "docs" / "single_launch.md").read_text()
     *_, table = page.split("|---|---|---|\n")
     assert table.splitlines() == [f"| {' | '.join(row)} |" for row in rows]
 
 
-def test_the_copy_without_a_mistake_passes(copy_of_kernels, case):
-    ffn, counters = copy_of_kernels("ffn_single_launch.py", "def publish(", "def publish(")
+def test_the_copy_without_a_mistake_passes(copy_of_kernels, cases):
+    single, few, counters = copy_of_kernels("ffn_single_launch.py", "def publish(", "def publish(")
     for seed, resident in SCHEDULES[:4]:
-        case.check(ffn.ffn_single_launch, counters, seed, resident)
+        cases[SIMULATOR].check(single.ffn_single_launch, counters, seed, resident)
+        cases[SIMULATOR_OF_FEW].check(few.ffn_few_tokens, counters, seed, resident)
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "replacement"),
+    ("file", "text", "replacement", "simulator"),
     [
-        pytest.param(file, text, replacement, id=name)
+        pytest.param(file, text, replacement, tests, id=name)
         for file, mutants in MUTANTS.items()
         for name, text, replacement, tests in mutants
-        if tests == SIMULATOR
+        if tests in (SIMULATOR, SIMULATOR_OF_FEW)
     ],
 )
-def test_caught(file, text, replacement, copy_of_kernels, case):
+def test_caught(file, text, replacement, simulator, copy_of_kernels, cases):
     """In one of the schedules at the latest; by a fault, or by a wrong result."""
-    ffn, counters = copy_of_kernels(file, text, replacement)
+    single, few, counters = copy_of_kernels(file, text, replacement)
+    launch = single.ffn_single_launch if simulator == SIMULATOR else few.ffn_few_tokens
     for number, (seed, resident) in enumerate(SCHEDULES, 1):
         counters._of_stream.clear()
         try:
-            case.check(ffn.ffn_single_launch, counters, seed, resident, most_polls=50)
+            cases[simulator].check(launch, counters, seed, resident, most_polls=50)
         except (Fault, AssertionError) as error:
             print(f"{type(error).__name__} in schedule {number}: {error}")
             return

@@ -1,18 +1,22 @@
-"""The single launch cannot race or hang: the real kernel, its programs interleaved by the simulator in many ways.
+"""One launch of both GEMMs cannot race or hang: the real kernels, their programs interleaved by the simulator in many
+ways.
 
-Every result is bit for bit that of the two launches it replaces; in each schedule M changes twice, and nothing of one
+Every result is bit for bit that of the two launches it replaces, or, for few tokens, of any other schedule; in each schedule M changes twice, and nothing of one
 launch reaches the next. Tiles are small and the operands such that part of one is left over at every edge.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import SPLIT, TINY, TMA, assert_same
-from schedules import TOKENS, Case, tokens, two_launches, weights
+from schedules import TOKENS, Case, FewTokens, tokens, two_launches, weights
 from shadow_memory import Race, Uninitialised
 from simulator import Deadlock, Simulation
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _counters
+from tpffn_triton.kernels.ffn_few_tokens import ffn_few_tokens
 from tpffn_triton.kernels.ffn_single_launch import ffn_single_launch
 
 pytestmark = pytest.mark.cpu_only
@@ -44,6 +48,21 @@ def test_any_schedule(activation, config, save_pre_act, resident):
     case = Case(activation, config, save_pre_act)
     for seed in SEEDS:
         case.check(ffn_single_launch, _counters, seed, resident)
+
+
+@pytest.mark.parametrize("resident", RESIDENT, ids=lambda r: f"resident={r or 'all'}")
+@pytest.mark.parametrize(
+    ("activation", "config", "save_pre_act"),
+    [
+        pytest.param("gelu", TINY, True, id="gelu-whole"),
+        pytest.param("gelu", replace(TINY, SPLIT_K=2), False, id="gelu-slices"),
+        pytest.param("swiglu", replace(TMA, SPLIT_K=4), True, id="swiglu-tma"),
+    ],
+)
+def test_any_schedule_of_few_tokens(activation, config, save_pre_act, resident):
+    case = FewTokens(activation, config, save_pre_act)
+    for seed in SEEDS:
+        case.check(ffn_few_tokens, _counters, seed, resident)
 
 
 @pytest.mark.parametrize("config", [TINY, TMA], ids=["pointers", "tma"])

@@ -14,10 +14,11 @@ from tpffn_triton.cost_model import rows_of_a_chunk
 from tpffn_triton.kernels import _configs
 from tpffn_triton.kernels._configs import PROCESSORS, TABLES, Config
 from tpffn_triton.kernels._launch import SUPPORTED_DTYPES, Operand, configuration, fresh, grid
+from tpffn_triton.kernels._tuned import TORCH_INSTEAD
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import BLOCK_N as SUMMED_COLUMNS
 from tpffn_triton.kernels.column_sum import ROWS_PER_PROGRAM
-from tpffn_triton.kernels.forward import SINGLE, forward_form
+from tpffn_triton.kernels.forward import FEW, SINGLE, few_tokens_config, forward_form
 from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.kernels.weight_grads import SUM_COLS, form_of
 from tpffn_triton.plan_report import align
@@ -28,13 +29,15 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One launch, or several alike: `programs` is of all of them. config is None for a sum of columns."""
+    """One launch, or several alike: `programs` is of all of them. config is None for a sum of columns, and for a GEMM
+    of torch's own (cuBLAS), whose kernel, programs and `measured` are "torch", 0 and what made it the choice."""
 
     pass_: str
     kernel: str
     computes: str
     config: Config | None
     programs: int
+    measured: str = "-"
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Explanation:
 def _described(row: KernelLaunch) -> Sequence:
     c = row.config
     if c is None:
-        return "-", "-", "-", "-", row.programs, "-"
-    tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}"
+        return "-", "-", "-", "-", row.programs or "-", row.measured
+    tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}" + (f" in {c.SPLIT_K} slices" if c.SPLIT_K > 1 else "")
     return tile, c.num_warps, c.num_stages, "TMA" if c.USE_TMA else "pointers", row.programs, c.origin
 
 
@@ -82,16 +85,18 @@ def explain(
     save: str = "pre_act",
     sequence_parallel: bool = False,
     forward_chunks: int = 1,
+    batch_invariant: bool = False,
     arch: str | None = None,
 ) -> Explanation:
     """Return what one rank launches for x of this shape, [..., H], when all gradients are wanted and all tensors are
     contiguous; the other arguments are as in `ffn` and `TensorParallelFFN`.
 
-    arch    "sm_80", "sm_90", "sm_100" or "gfx942"; None: what this machine would do
+    arch    "sm_80", "sm_90", "sm_100" or "gfx942", by its tables; None: what this machine would do, by what was
+            measured on its GPU (bench/tune.py) as well
 
     Raises: TypeError, ValueError: arguments that do not fit (the message shows them).
     """
-    check_modes(activation, save, sequence_parallel, None, forward_chunks)
+    check_modes(activation, save, sequence_parallel, None, forward_chunks, batch_invariant)
     if not isinstance(shape, Sequence) or not shape or any(not isinstance(size, int) or size < 0 for size in shape):
         raise ValueError(f"shape must be that of x, [..., H], got {shape!r}")
     H = shape[-1]
@@ -104,20 +109,22 @@ def explain(
     M = own_tokens * (world_size if sequence_parallel else 1)
     F = ffn_hidden_size // world_size
     size = f"x [{M}, {H}], F/P = {F}, {activation}, {str(dtype).removeprefix('torch.')}"
+    device = _CPU
     if arch is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if backend(device) == "native":
             why = "no launches: torch and oneDNN compute CPU tensors; name an arch to see what a GPU would launch"
             return Explanation(size, "native", (), {"native": why})
         arch = _configs.arch_of(device)
-    shard = Shard(own_tokens, M, H, F, activation, dtype, bias, arch)
+    shard = Shard(own_tokens, M, H, F, activation, dtype, bias, arch, device, batch_invariant)
     forward, why_forward = shard.forward(chunks=forward_chunks if world_size > 1 else 1)
     backward, why_backward = shard.backward(save == "nothing", sequence_parallel and world_size > 1)
     launches = (*forward, *backward)
     reasons = {
         "forward": why_forward,
         "backward": why_backward,
-        "tiles": "the first row of the table that is not much taller than its output and fills three quarters of the "
+        "tiles": "what was measured on this GPU; else the first row of the table that is not much taller than its "
+        "output and fills three quarters of the "
         "processors, else the last; where 16 bytes of an operand's row cannot be copied at once, the row for that",
     }
     if any(row.config is not None and row.config.origin == "compiles" for row in launches):
@@ -130,37 +137,68 @@ class Shard:
 
     choice      the form of forward that the tables choose
     gradients   how they have the weight and bias gradients computed
+    device      a GPU: what was measured on it counts before arch's tables
     """
 
     def __init__(
-        self, own_tokens: int, M: int, H: int, F: int, activation: str, dtype: torch.dtype, bias: bool, arch: str
+        self,
+        own_tokens: int,
+        M: int,
+        H: int,
+        F: int,
+        activation: str,
+        dtype: torch.dtype,
+        bias: bool,
+        arch: str,
+        device: torch.device = _CPU,
+        batch_invariant: bool = False,
     ) -> None:
-        self.own_tokens, self.bias, self.arch = own_tokens, bias, arch
+        self.own_tokens, self.bias, self.activation = own_tokens, bias, activation
+        self.arch = None if device.type == "cuda" else arch
         self._gated = "gated_" * (activation in GATED_ACTIVATIONS)
         W = halves(activation) * F
-        like = Operand((M, H), (H, 1), dtype, _CPU, 0)
+        like = Operand((M, H), (H, 1), dtype, device, 0)
         self._x = self._y = like  # and their gradients
         self._w1, self._w2 = fresh(W, H, like), fresh(H, F, like)
         self._act, self._d_pre = fresh(M, F, like), fresh(M, W, like)
         self._of_gradients = self._d_pre, self._x, self._y, self._act, self._w1, self._w2
-        self.choice = forward_form(self._x, self._w1, self._w2, activation, arch)
-        self.gradients = form_of(*self._of_gradients, arch=arch)
+        self.choice = forward_form(self._x, self._w1, self._w2, activation, self.arch, batch_invariant)
+        self.gradients = form_of(*self._of_gradients, arch=self.arch)
 
     def _launch(self, pass_: str, kernel: str, computes: str, out: Operand, *operands: Operand) -> KernelLaunch:
         """Return a launch of a kernel with a program for each tile of out."""
         name = f"{self._gated}{kernel}" if "act" in kernel else kernel
         rows, cols = out.shape
-        config = configuration(name, None, rows, cols, *operands, out, arch=self.arch)
+        inner = operands[0].shape[0 if kernel == "wgrad" else 1]
+        if kernel in TORCH_INSTEAD:
+            measured = _configs.faster_by_torch(kernel, out, rows, cols, inner, self.arch)
+            if measured is not None:
+                return KernelLaunch(pass_, "torch", computes, None, 0, measured)
+        config = configuration(name, None, rows, cols, inner, *operands, out, arch=self.arch)
         return KernelLaunch(pass_, kernel, computes, config, grid(config, rows, cols)[0])
+
+    def _config_of_one_launch(self, form: str) -> Config | None:
+        """Return the row of a form of one launch; None: it is another form, or there is nothing to compute."""
+        if form == self.choice.form:
+            return self.choice.config if form in (FEW, SINGLE) else None
+        x, w1, w2, act, y = self._x, self._w1, self._w2, self._act, self._y
+        if form == FEW:
+            return few_tokens_config(x, w1, w2, self.activation, self.arch)
+        if form == SINGLE and 0 not in (*act.shape, *y.shape):
+            name = f"{self._gated}ffn"
+            return configuration(name, None, act.shape[0], act.shape[1], x.shape[1], x, w1, w2, act, y, arch=self.arch)
+        return None
 
     def forward(self, chunks: int = 1, form: str | None = None) -> tuple[list[KernelLaunch], str]:
         """Return the launches of forward, and why the tables choose theirs; form: one of forward.FORMS instead, of a
         single chunk."""
-        act, y, config = self._act, self._y, self.choice.config
+        act, y = self._act, self._y
         why = f"{self.choice.form}; {self.choice.why}"
-        if chunks == 1 and config is not None and (form or self.choice.form) == SINGLE:
-            programs = grid(config, *act.shape)[0] + grid(config, *y.shape)[0]
-            return [KernelLaunch("forward", "ffn", "act, y", config, programs)], why
+        config = self._config_of_one_launch(form or self.choice.form) if chunks == 1 else None
+        if config is not None:
+            programs = (grid(config, *act.shape)[0] + grid(config, *y.shape)[0]) * config.SPLIT_K
+            kernel = "few_tokens" if (form or self.choice.form) == FEW else "ffn"
+            return [KernelLaunch("forward", kernel, "act, y", config, programs)], why
         linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1)
         if chunks == 1:
             return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2)], why
@@ -186,7 +224,7 @@ class Shard:
         launches.append(self._launch("backward", "dgrad", "dx", x, d_pre, w1))
         config, why = self.gradients
         if at_once is not None:
-            row = configuration("weight_grads", None, W + F, H, *self._of_gradients, arch=self.arch)
+            row = configuration("weight_grads", None, W + F, H, M, *self._of_gradients, arch=self.arch)
             config = row if at_once else None
         in_flight = sequence_parallel and not recompute
         if config is not None and not in_flight:

@@ -34,6 +34,7 @@ def ffn(
     gradient_accumulation_fusion: bool = False,
     reduce_dtype: torch.dtype | None = None,
     forward_chunks: int | Machine = 1,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return act(x @ w1.T + b1) @ w2.T + b2 of the full weights, of which this rank holds shards.
 
@@ -55,6 +56,10 @@ def ffn(
                  Linear2 in so many row chunks at most, y's all-reduce of each behind the GEMM of the next; or, by the
                  cost model, as many as take the least time on a Machine. Chunks are added in another order than the
                  whole, so bits differ; with torch.func transforms always 1
+    batch_invariant
+                 the bits of a token's y depend on that token alone, not on M nor on the other tokens: one choice of
+                 tiles for every M, and over a group a gather, added in the order of ranks, for the all-reduce. Not of
+                 gradients; fp32, bf16 and fp16; without sequence_parallel and forward_chunks
 
     One dtype for all tensors; under torch.autocast each is cast to autocast's, y has it, and each gradient has its
     tensor's dtype: fp32 weights get fp32 gradients straight from the fp32 accumulators.
@@ -70,8 +75,10 @@ def ffn(
     # Compiled calls compare nothing.
     comparing = None if torch.compiler.is_compiling() else group
     try:
-        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks)
+        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks, batch_invariant)
         dtype = check_dtypes(x, w1, w2, b1, b2)
+        if batch_invariant and dtype == torch.float64:
+            raise ValueError("batch_invariant computes in fp32, bf16 or fp16, got torch.float64")
         check_shapes(x, w1, w2, b1, b2, activation)
         if sequence_parallel and x.dim() < 2:
             raise ValueError(
@@ -105,6 +112,7 @@ def ffn(
         sequence_parallel and group is not None,
         1 if transforming() else chunks,
         gradient_accumulation_fusion,
+        batch_invariant,
     )
     if comparing is not None:
         options = [activation, "no b2" if b2 is None else "b2", "dx" if need_x else "no dx"]
@@ -112,6 +120,8 @@ def ffn(
             gathered = ["dy"] * (need_d_pre or need_w2)
             gathered += ["x"] * (need_w1 or (keep == "nothing" and (need_d_pre or need_w2)))
             options += ["sequence_parallel", f"backward gathers {' and '.join(gathered) or 'nothing'}"]
+        if batch_invariant:
+            options.append("batch_invariant")
         if call.reduce_dtype != dtype:
             options.append(f"reduce_dtype={call.reduce_dtype}")
         kind = LayerKind(w1.shape, dtype, x.device.type, tuple(options))

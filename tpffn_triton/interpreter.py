@@ -8,8 +8,8 @@ methods behind that; it changes nothing in a process whose kernels are compiled.
     dot         operands widened to fp32; with input_precision "tf32" fp32 operands lose their low 13 bits first
     casts       through torch: round to nearest even, NaN kept
     arithmetic  bf16 operands widened to fp32, result rounded back
-    inline PTX  what orders memory and computes nothing (kernels/_ordering.py) is passed over: programs and launches run
-                one after the other
+    inline PTX  what orders or fetches memory and computes nothing (kernels/_inline_ptx.py) is passed over: programs and
+                launches run one after the other
     calls       a function's language is patched once a launch, not at every call, which took a third of the time
 """
 
@@ -34,7 +34,7 @@ _TORCH_DTYPE = {
 }
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 _BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
-_ORDERING = ("fence.proxy.async;", "griddepcontrol.")
+_COMPUTING_NOTHING = ("fence.proxy.async;", "griddepcontrol.", "prefetch.global.")
 _patch_lang = interpreter._patch_lang
 _installed = False
 
@@ -125,7 +125,7 @@ def install() -> None:
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     def create_inline_asm(self, asm, *args):
-        if not asm.startswith(_ORDERING):
+        if not asm.startswith(_COMPUTING_NOTHING):
             return inline_asm(self, asm, *args)
         return SimpleNamespace(get_result=lambda _: TensorHandle(np.zeros(1, np.int32), tl.int32))
 

@@ -87,11 +87,12 @@ class TensorParallelFFN(nn.Module):
         gradient_accumulation_fusion: bool = False,
         reduce_dtype: torch.dtype | None = None,
         forward_chunks: int | Machine = 1,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks)
+        check_modes(activation, save, sequence_parallel, reduce_dtype, forward_chunks, batch_invariant)
         self.tp_group = resolve_group(tp_group)
         self.rank = 0 if self.tp_group is None else self.tp_group.rank()
         self.world_size = 1 if self.tp_group is None else self.tp_group.size()
@@ -100,6 +101,7 @@ class TensorParallelFFN(nn.Module):
         self.activation, self.sequence_parallel, self.save = activation, sequence_parallel, save
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.reduce_dtype, self.forward_chunks = reduce_dtype, forward_chunks
+        self.batch_invariant = batch_invariant
         shard = ffn_hidden_size // self.world_size
         self.linear_fc1 = LinearShard(hidden_size, halves(activation) * shard, bias, device, dtype)
         self.linear_fc2 = LinearShard(shard, hidden_size, bias, device, dtype)
@@ -147,6 +149,7 @@ class TensorParallelFFN(nn.Module):
         gradient_accumulation_fusion: bool = False,
         reduce_dtype: torch.dtype | None = None,
         forward_chunks: int | Machine = 1,
+        batch_invariant: bool = False,
     ) -> "TensorParallelFFN":
         """Build this rank's module from the full linears: copies of their values, their dtype, device, training mode
         and requires_grad. The two must agree on whether there is a bias. Gated: fc1 has 2F outputs, gate before up.
@@ -181,6 +184,7 @@ class TensorParallelFFN(nn.Module):
                 gradient_accumulation_fusion=gradient_accumulation_fusion,
                 reduce_dtype=reduce_dtype,
                 forward_chunks=forward_chunks,
+                batch_invariant=batch_invariant,
                 dtype=fc1.weight.dtype,
             )
         layer.to_empty(device=fc1.weight.device).train(fc1.training)
@@ -212,6 +216,7 @@ class TensorParallelFFN(nn.Module):
             gradient_accumulation_fusion=self.gradient_accumulation_fusion,
             reduce_dtype=self.reduce_dtype,
             forward_chunks=self.forward_chunks,
+            batch_invariant=self.batch_invariant,
         )
 
     def __deepcopy__(self, memo: dict) -> "TensorParallelFFN":
@@ -226,5 +231,6 @@ class TensorParallelFFN(nn.Module):
             f"hidden_size={self.hidden_size}, ffn_hidden_size={self.ffn_hidden_size}, activation={self.activation!r}, "
             f"rank={self.rank}, world_size={self.world_size}, save={self.save!r}, "
             f"sequence_parallel={self.sequence_parallel}, reduce_dtype={self.reduce_dtype}, "
-            f"forward_chunks={getattr(self.forward_chunks, 'name', self.forward_chunks)!r}"
+            f"forward_chunks={getattr(self.forward_chunks, 'name', self.forward_chunks)!r}, "
+            f"batch_invariant={self.batch_invariant}"
         )

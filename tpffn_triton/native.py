@@ -27,6 +27,8 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda d, z: torch.ops.aten.threshold_backward(d, z, 0),
     "relu2": lambda d, z: F.relu(z).mul_(2).mul_(d),
 }
+# Of a batch-invariant forward, each a GEMM of its own.
+ROWS_OF_A_BLOCK = 32
 # oneDNN's post-operation and algorithm of each activation it knows.
 _ONEDNN = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""), "relu": ("relu", "")}
 
@@ -75,10 +77,24 @@ def ffn_forward(
     activation: str,
     keep: str,
     out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (act(x @ w1.T + b1) @ w2.T + b2 in out_dtype, what to keep: the pre-activation, act or None)."""
+    if batch_invariant:
+        return _by_blocks(x, w1, b1, w2, b2, activation, keep, out_dtype)
     act, pre_act = linear_act(x, w1, b1, activation, keep == "pre_act")
     return linear(act, w2, b2, out_dtype), act if keep == "act" else pre_act
+
+
+def _by_blocks(x: Tensor, *args) -> tuple[Tensor, Tensor | None]:
+    """Do what ffn_forward does, ROWS_OF_A_BLOCK tokens at a time, the last ones beside zeros: a BLAS chooses its
+    kernel, and with it the order of its sums, by the GEMM's shape."""
+    tokens = x.shape[0]
+    blocks = max(1, -(-tokens // ROWS_OF_A_BLOCK))
+    padded = x.new_zeros((blocks * ROWS_OF_A_BLOCK, x.shape[1]))
+    padded[:tokens] = x
+    ys, kept = zip(*(ffn_forward(block, *args) for block in padded.split(ROWS_OF_A_BLOCK)), strict=True)
+    return torch.cat(ys)[:tokens], None if kept[0] is None else torch.cat(kept)[:tokens].contiguous()
 
 
 def linear_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Register every kernel as a PyTorch operator: `torch.ops.tpffn.*`.
 
-    ffn_forward(x, w1, b1?, w2, b2?, activation, keep, out_dtype?) -> (y, kept)
+    ffn_forward(x, w1, b1?, w2, b2?, activation, keep, out_dtype?, batch_invariant) -> (y, kept)
     linear_act(x, weight, bias?, activation, save_pre_act) -> (act, pre_act)
     linear(a, weight, bias?, out_dtype?) -> y
     linear_into(y, a, weight, bias?) -> ()    writes y
@@ -88,6 +88,7 @@ def _fake_ffn_forward(
     activation: str,
     keep: str,
     out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ):
     tokens, width = x.shape[0], {"pre_act": w1.shape[0], "act": w2.shape[1]}.get(keep)
     kept = x.new_empty((0,) if width is None else (tokens, width))
@@ -200,7 +201,8 @@ def _weight_grads_accumulate_flops(dw1_shape, dw2_shape, *matrices, out_shape=No
 
 _register(
     "ffn_forward",
-    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str keep, ScalarType? out_dtype=None)"
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str keep, ScalarType? out_dtype=None,"
+    " bool batch_invariant=False)"
     " -> (Tensor, Tensor)",
     _fake_ffn_forward,
     _ffn_forward_flops,

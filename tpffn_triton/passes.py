@@ -24,6 +24,9 @@ db2 is of this rank's tokens.
 
 With row chunks, y's all-reduce of each is in flight behind the GEMM of the next. With reduce_dtype the partial sums of
 y and dx are stored, sent and added in that dtype, and rounded once more at the end.
+
+Batch-invariant: tiles and launches of forward do not depend on M, and y's partial sums are gathered and added in the
+order of ranks: P / 2 times the bytes of a ring all-reduce.
 """
 
 from dataclasses import dataclass
@@ -50,6 +53,7 @@ class Call:
     sequence_parallel: bool  # with a group only
     chunks: int  # of y's rows, at most
     fuse: bool  # weight gradients go to main_grad
+    batch_invariant: bool = False  # with sequence_parallel False and one chunk
 
 
 @dataclass
@@ -114,10 +118,10 @@ def forward(
         kept = act if keep == "act" else pre_act
         y = _linear2_by_chunks(kernels, act, w2, b2, call).to(dtype)
     else:
-        y, kept = kernels.ffn_forward(tokens, w1, b1, w2, b2, activation, keep, call.reduce_dtype)
+        y, kept = kernels.ffn_forward(tokens, w1, b1, w2, b2, activation, keep, call.reduce_dtype, call.batch_invariant)
         del tokens
         if call.group is not None:
-            y = wait(_start_sum(y, call)).to(dtype)
+            y = (_sum_in_order(y, call) if call.batch_invariant else wait(_start_sum(y, call))).to(dtype)
     # Not view: autograd refuses to modify a view in place, as `y += residual` does.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, x.shape), kept
 
@@ -136,6 +140,16 @@ def _linear2_by_chunks(kernels: Any, act: Tensor, w2: Tensor, b2: Tensor | None,
     for part in started:
         wait(part)
     return y
+
+
+def _sum_in_order(partial: Tensor, call: Call) -> Tensor:
+    """Add the ranks' partial sums [M, H] in fp32, from rank 0 on. A ring adds a message's parts in different orders,
+    and where they begin depends on M."""
+    parts = wait(start_all_gather(partial, call.group)).unflatten(0, (call.group.size(), -1)).unbind()
+    total = parts[0].to(torch.promote_types(partial.dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _start_sum(partial: Tensor, call: Call) -> Tensor:

@@ -20,12 +20,22 @@ def check_activation(activation: str) -> None:
 
 
 def check_modes(
-    activation: str, save: str, sequence_parallel: bool, reduce_dtype: torch.dtype | None, forward_chunks: int | Machine
+    activation: str,
+    save: str,
+    sequence_parallel: bool,
+    reduce_dtype: torch.dtype | None,
+    forward_chunks: int | Machine,
+    batch_invariant: bool = False,
 ) -> None:
     """Raises: ValueError: unknown activation, save mode or reduce_dtype, chunks below 1, or other than 1 beside
-    sequence_parallel. TypeError: chunks are no int and no Machine."""
+    sequence_parallel; batch_invariant beside either of these. TypeError: chunks are no int and no Machine."""
     check_activation(activation)
     check_options(save, sequence_parallel, reduce_dtype, forward_chunks)
+    if batch_invariant and (sequence_parallel or forward_chunks != 1):
+        raise ValueError(
+            "batch_invariant adds the ranks' parts in the order of ranks: it cannot go with "
+            + ("sequence_parallel" if sequence_parallel else f"forward_chunks={forward_chunks}")
+        )
 
 
 def check_options(

@@ -1,9 +1,9 @@
-"""Order memory between programs, and launches: what Triton has no words for.
+"""Order memory between programs and launches, and fetch it early: what Triton has no words for.
 
 Inline PTX, of which the interpreter (interpreter.py) knows that it computes nothing.
 
-Source: PTX ISA, "Async proxy" and "griddepcontrol"; the latter two as in triton.language.extra.cuda.gdc, which the
-interpreter cannot run.
+Source: PTX ISA, "Async proxy", "griddepcontrol" and "prefetch"; griddepcontrol as in triton.language.extra.cuda.gdc,
+which the interpreter cannot run.
 """
 
 import triton
@@ -28,3 +28,11 @@ def launch_dependents():
 def wait_for_launch():
     """Wait until the launch before has ended and what it wrote is visible."""
     tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_to_l2(ptrs):
+    """Begin to bring the cache lines of these global addresses into L2; nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
