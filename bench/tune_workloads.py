@@ -1,8 +1,8 @@
 """Give each kernel something to compute in a case: its tensors, its launch, torch's own GEMM and the truth in fp64.
 
 x, dy and pre_act are drawn from N(0, 1), weights and biases from U(±1/√(their reduction)): results are of order 1.
-Whatever a kernel may store is stored: that is the variant that the filter compiled, and of few tokens it costs nothing.
-gelu where nothing is gated, swiglu where something is.
+Whatever a kernel may store is stored, and the activation is the heaviest, gelu or geglu: that is the variant which the
+filter has compiled, so that a launch finds it in Triton's cache.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from tpffn_triton.kernels.matmul import dgrad, linear, wgrad
 from tpffn_triton.kernels.weight_grads import weight_grads
 from tpffn_triton.reference import ACTIVATIONS
 
-PLAIN, GATED = "gelu", "swiglu"
+PLAIN, GATED = "gelu", "geglu"
 Outputs = dict[str, Tensor]
 
 
@@ -165,7 +165,7 @@ def _weight_grads(case: Case, drawn: Draws) -> Workload:
     partial = drawn.normal(triton.cdiv(tokens, PARTIAL_ROWS), width).float()
 
     def launch(config: Config) -> Outputs:
-        dw1, dw2, db1, db2 = weight_grads(d_pre, x, dy, act, partial, dy, config=config)
+        dw1, dw2, db1, db2 = weight_grads(d_pre, x, dy, act, partial, dy, b1_dtype=dy.dtype, config=config)
         assert db1 is not None
         assert db2 is not None
         return {"dw1": dw1, "dw2": dw2, "db1": db1, "db2": db2}

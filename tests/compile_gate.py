@@ -195,7 +195,8 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
     stored = variant.output.removesuffix(" +=")
     dtypes = dict.fromkeys(("dw", "dw1", "dw2", "db1_ptr", "db2_ptr", "out", "y"), stored)
-    dtypes |= {"db_partial_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32"}
+    dtypes |= {"db_partial_ptr": "fp32", "counters_ptr": "i32"}
+    dtypes["partial_ptr"] = "fp32" if config.SPLIT_K > 1 else stored  # y in its place where nothing is sliced
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
