@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.list or args.dry_run:
                 print(tune_report.cases(candidates) if args.list else tune_report.plan(candidates, settings.budget_s))
                 return 0
-            rank = Rank(0, 1, torch.device(device_type), ranks.cores(), None)
+            device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
+            rank = Rank(0, 1, device, ranks.cores(), None)
             state = State(settings.state, surroundings(rank, settings, measured=not args.filter_only), settings.resume)
         except ValueError as error:
             parser.error(str(error))
