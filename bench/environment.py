@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def _megatron_core() -> str | None:
     # What is imported may lie in a folder on PYTHONPATH, before what is installed.
     core = sys.modules.get("megatron.core")
     return _version("megatron-core") if core is None else core.__version__
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return package → its version, None where it is not installed; of megatron-core the one that is imported."""
+    return {package: _megatron_core() if package == "megatron-core" else _version(package) for package in packages}
 
 
 def describe(rank: Rank) -> dict[str, Any]:

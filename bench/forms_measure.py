@@ -13,7 +13,6 @@ ffn computes in every form, host included: its launchers alone are exchanged.
 """
 
 import itertools
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,12 +20,11 @@ from functools import partial
 from typing import Any
 
 import environment
-import numpy as np
+import gate
 import timing
 import torch
 import workloads
 from implementations import IMPLEMENTATIONS
-from measure import error_bound, worst_error
 from ranks import Rank
 from steps import Step, make_step
 from torch import Tensor
@@ -171,27 +169,22 @@ def _checked(
 ) -> tuple[dict[Way, Step], dict[Way, float], list[str]]:
     """Return the steps of what is right, their errors, and why the others are not among them."""
     shard = shard_of(shape, settings.dtype, settings.activation, rank.device)
-    bound = error_bound(settings.dtype, settings.activation)
+    bound = gate.error_bound(settings.dtype, settings.activation)
     steps: dict[Way, Step] = {}
     errors: dict[Way, float] = {}
     refused = []
     for way in ways(mode, arch_of(rank.device), shard.choice.form):
         name = UNFUSED if way.form == UNFUSED else "fused"
         forward = IMPLEMENTATIONS[name].build(settings.activation, False)
-        make = partial(make_step, forward, problem, None, mode, settings.graph)
+        unlaunched = partial(make_step, forward, problem, None, mode, settings.graph)
+        exchanged = {} if way.form == UNFUSED else launchers(way, configs(shard, way))
         what = f"{way} ({shape.tokens} tokens, {settings.dtype}, {mode})"
-        try:
-            exchanged = {} if way.form == UNFUSED else launchers(way, configs(shard, way))
-            step = LaunchedBy(rank.device.type, exchanged, make)
-            error, tensor = worst_error(step, reference, rank)
-        except Exception as failure:
-            traceback.print_exc()
-            refused.append(f"{what} failed: {type(failure).__name__}: {failure}")
-            continue
-        if error <= bound:
-            steps[way], errors[way] = step, error
+        make = partial(LaunchedBy, rank.device.type, exchanged, unlaunched)
+        found = gate.checked(what, make, reference, bound, rank)
+        if found.step is None:
+            refused.append(found.refused or "")
         else:
-            refused.append(f"{what} is wrong: {tensor} is off by {error:.2g} against fp64, allowed {bound:.2g}")
+            steps[way], errors[way] = found.step, max(found.errors.values())
     return steps, errors, refused
 
 
@@ -211,9 +204,8 @@ def _timed(
     unfused = times.get(Way(UNFUSED))
     rows = []
     for way, t in times.items():
-        ms = np.array(t.ms)
-        p20, p50, p80 = np.quantile(ms, (0.2, 0.5, 0.8)).tolist()
-        ratios = [None] * 3 if unfused is None else np.quantile(unfused.ms / ms, (0.2, 0.5, 0.8)).tolist()
+        spread = timing.spread(t.ms, "ms")
+        p50 = spread["ms_p50"]
         rows.append(
             {
                 "form": way.form,
@@ -229,10 +221,8 @@ def _timed(
                 "graph": settings.graph,
                 "warm_l2": settings.warm_l2,
                 "iters": rounds,
-                "ms_p20": p20,
-                "ms_p50": p50,
-                "ms_p80": p80,
-                **{f"ratio_p{p}": ratio for p, ratio in zip((20, 50, 80), ratios, strict=True)},
+                **spread,
+                **timing.ratios(unfused, t),
                 "tflops": shape.flops(mode, settings.activation) / p50 / 1e9,
                 "roofline_pct": None if floor is None else 100 * floor / p50,
                 "max_rel_err": errors[way],

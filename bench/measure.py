@@ -13,23 +13,20 @@ One row a shape, dtype, mode and implementation. A wrong implementation is refus
     peak_mem_bytes          one eager step's (memory.py), the most of any rank
 """
 
-import contextlib
 import statistics
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import environment
 import memory
-import numpy as np
 import timing
-import torch
 import workloads
+from gate import error_bound, matmul_precision, worst_error
 from implementations import Implementation, chosen
 from ranks import Rank
 from steps import Step, make_step
-from torch import Tensor
 from workloads import Shape
 
 
@@ -51,18 +48,6 @@ class Settings:
     quick: bool
     one_shard: bool
     command: str
-
-
-def error_bound(dtype: str, activation: str) -> float:
-    """Return the max_rel_err above which an implementation is refused.
-
-    Three to ten times what eager shows at the named shapes: a wrong formula or a lost term lies above it.
-    relu's derivative jumps at 0, where a rounding error of the pre-activation turns a whole element of d_pre
-    on or off, in eager as well: with the errors of fp32 and TF32 sums, one element in about 10⁶ and 10³.
-    """
-    smooth = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2, "fp16": 3e-3}
-    relu = {"fp32": 5e-3, "tf32": 5e-2, "bf16": 2e-2, "fp16": 5e-3}
-    return (relu if activation == "relu" else smooth)[dtype]
 
 
 def measure(rank: Rank, settings: Settings) -> dict[str, list]:
@@ -87,17 +72,6 @@ def measure(rank: Rank, settings: Settings) -> dict[str, list]:
             rows += [row | surroundings for row in measured]
             refused += wrong
     return {"rows": rows, "refused": refused}
-
-
-@contextlib.contextmanager
-def matmul_precision(dtype: str) -> Iterator[None]:
-    """Let torch's fp32 matmuls be TF32 for dtype "tf32", IEEE for any other."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _measure_problem(
@@ -141,23 +115,6 @@ def _measure_problem(
     return rows, refused
 
 
-def worst_error(step: Step, reference: dict[str, Tensor], rank: Rank) -> tuple[float, str]:
-    """Return the largest relative error of step's outputs over tensors and ranks, and the tensor's name."""
-    step.reset()
-    step()
-    outputs = step.outputs()
-    names = [name for name in reference if step.mode == "fwd_bwd" or name == "y"]
-    local = []
-    for name in names:
-        if name not in outputs or outputs[name].shape != reference[name].shape:
-            local.append(float("inf"))
-        else:
-            off = outputs[name].double() - reference[name]
-            local.append((off.norm() / reference[name].norm()).item())
-    step.reset()
-    return max(zip(rank.maxima(local), names, strict=True))
-
-
 def _time_mode(
     rank: Rank,
     settings: Settings,
@@ -172,7 +129,8 @@ def _time_mode(
     rows: list[dict[str, Any]] = []
     for name, step in steps.items():
         t = times[name]
-        p20, p50, p80 = np.quantile(t.ms, (0.2, 0.5, 0.8)).tolist()
+        spread = timing.spread(t.ms, "ms")
+        p50 = spread["ms_p50"]
         # Unknown where a part of the communication is missing, or hidden inside a graph.
         split = not settings.one_shard and not (settings.graph and rank.group is not None)
         comm_ms = statistics.median(t.comm_ms) if split else None
@@ -194,9 +152,7 @@ def _time_mode(
                 "sequence_parallel": settings.sequence_parallel,
                 "graph": settings.graph,
                 "iters": rounds,
-                "ms_p20": p20,
-                "ms_p50": p50,
-                "ms_p80": p80,
+                **spread,
                 "comm_ms": comm_ms,
                 "comm_ms_least": statistics.median(t.comm_ms_least) if split else None,
                 "compute_ms": p50 if settings.one_shard else None if comm_ms is None else p50 - comm_ms,

@@ -24,7 +24,6 @@ Source: megatron-core 0.12.0 to 0.19.0, transformer/mlp.py, tensor_parallel/laye
 import contextlib
 import functools
 import importlib
-import operator
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,9 +31,11 @@ from inspect import signature
 from typing import Any
 
 import checkout  # noqa: F401
+import compiler
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from shard_modules import OnShards
 from torch import Tensor
 
 from tpffn_triton import collectives
@@ -84,28 +85,30 @@ def build_fused(activation: str, sequence_parallel: bool) -> Callable[..., Tenso
 
 
 def _forward(make: Callable[..., Any], activation: str, sequence_parallel: bool) -> Callable[..., Tensor]:
-    module: Any = None
-    shards: tuple[Tensor, ...] = ()
+    module = OnShards(functools.partial(_module, make, activation, sequence_parallel))
 
     def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group: Group) -> Tensor:
-        nonlocal module, shards
-        given = (w1, b1, w2, b2)
-        if module is None or any(map(operator.is_not, given, shards)):
-            module, shards = _module(make, activation, sequence_parallel and group is not None, given, group), given
-        output, bias = module(x)
+        output, bias = module(w1, b1, w2, b2, group)(x)
         return output + bias
 
     return forward
 
 
 def _module(
-    make: Callable[..., Any], activation: str, sequence_parallel: bool, shards: tuple[Tensor, ...], group: Group
+    make: Callable[..., Any],
+    activation: str,
+    sequence_parallel: bool,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    group: Group,
 ) -> Any:
     """Make the module and put the shards in the place of its parameters."""
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    w1, b1, w2, b2 = shards
+    sequence_parallel = sequence_parallel and group is not None
     world_size = 1 if group is None else group.size()
     own_group = _prepare(sequence_parallel, w1.device.type, group)
     with warnings.catch_warnings():
@@ -163,15 +166,11 @@ def _prepare(sequence_parallel: bool, device_type: str, group: Group) -> dist.Pr
 
 @functools.cache
 def _can_compile() -> bool:
-    """Say whether torch.compile works on a CPU here, which takes a C++ compiler and Python's headers; tries it."""
-    try:
-        torch.compile(lambda z: torch.tanh(z) + z)(torch.ones(8))
-    except Exception as error:
-        if dist.get_rank() == 0:
-            reason = next(iter(str(error).splitlines()), "")
-            print(f"Megatron's fused activation runs EAGERLY, torch.compile fails here: {reason}", file=sys.stderr)
-        return False
-    return True
+    """Say whether torch.compile works on a CPU here, and on stderr once where it does not."""
+    reason = compiler.missing()
+    if reason is not None and dist.get_rank() == 0:
+        print(f"Megatron's fused activation runs EAGERLY, torch.compile fails here: {reason}", file=sys.stderr)
+    return reason is None
 
 
 @functools.cache

@@ -25,8 +25,8 @@ import timing
 import torch
 import torch.distributed as dist
 import workloads
+from gate import error_bound, worst_error
 from implementations import IMPLEMENTATIONS, Forward, Group
-from measure import error_bound, worst_error
 from ranks import Rank
 from steps import Step, passes_of
 from torch import Tensor

@@ -110,6 +110,12 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
     return [*items[by:], *items[:by]]
 
 
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """Return the quantiles by name: {name_p20, name_p50, name_p80}."""
+    names = (f"{name}_p{percent}" for percent in (20, 50, 80))
+    return dict(zip(names, np.quantile(values, (0.2, 0.5, 0.8)).tolist(), strict=True))
+
+
 @dataclass
 class Times:
     """One implementation's rounds; see the module docstring."""
@@ -122,16 +128,21 @@ class Times:
         """Quantiles of ms, each round's slowest rank's; median of exposed communication on the rank that waits longest
         in a round, and least. compute_ms: ms_p50 less the former, of two ranks: the slowest may wait least.
         """
-        p20, p50, p80 = np.quantile(self.ms, (0.2, 0.5, 0.8)).tolist()
+        spread_ms = spread(self.ms, "ms")
         exposed, least = float(np.median(self.comm_ms)), float(np.median(self.comm_ms_least))
         return {
-            "ms_p20": p20,
-            "ms_p50": p50,
-            "ms_p80": p80,
-            "compute_ms": p50 - exposed,
+            **spread_ms,
+            "compute_ms": spread_ms["ms_p50"] - exposed,
             "exposed_ms": exposed,
             "exposed_ms_least": least,
         }
+
+
+def ratios(over: Times | None, under: Times | None) -> dict[str, float] | dict[str, None]:
+    """Return {ratio_p20, ratio_p50, ratio_p80}: quantiles of over's time over under's, by round; None without both."""
+    if over is None or under is None:
+        return dict.fromkeys(("ratio_p20", "ratio_p50", "ratio_p80"))
+    return spread((np.array(over.ms) / np.array(under.ms)).tolist(), "ratio")
 
 
 def run_rounds(steps: dict[K, Step], clock: Clock, rank: Rank, rounds: int, together: int = 1) -> dict[K, Times]:
@@ -167,10 +178,12 @@ def time_rounds(
     rounds: int | None,
     together: int = 1,
     warm_l2: bool = False,
+    seconds: float | None = None,
 ) -> tuple[dict[K, Times], int]:
     """Warm up, then time; returns run_rounds' result and the number of rounds.
 
-    rounds     None: as many as fit into 15 s (CUDA: 5 s), 10 to 50 (20 to 200); with quick, 3 (10)
+    rounds     None: as many as fit into `seconds`, 10 to 50 (CUDA: 20 to 200); with quick, 3 (10)
+    seconds    None: 15 (CUDA: 5)
     quick      also shortens the warm-up
     together   as for run_rounds
     warm_l2    CUDA alone; with together=1
@@ -189,5 +202,6 @@ def time_rounds(
         run(warm_up)
     if rounds is None:
         bounds = ((10, 10) if quick else (20, 200)) if cuda else (3, 3) if quick else (10, 50)
-        rounds = rounds_within(5 if cuda else 15, bounds, warm_round, rank)
+        seconds = (5 if cuda else 15) if seconds is None else seconds
+        rounds = rounds_within(seconds, bounds, warm_round, rank)
     return run(rounds), rounds

@@ -19,8 +19,9 @@ import torch
 import tune_cases
 import tune_report
 import tune_rows
+from budget import Budget
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
-from measure import matmul_precision
+from gate import matmul_precision
 from ranks import Rank
 from tables import Row
 from tune_candidates import ARITHMETICS, MOST, SHARED_BYTES, candidates
@@ -178,13 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             state = State(settings.state, surroundings(rank, settings, measured=not args.filter_only), settings.resume)
         except ValueError as error:
             parser.error(str(error))
+        budget = Budget(settings.budget_s)
         if args.filter_only:
-            found = filter_all(candidates, state, settings.arch, settings.arithmetic, settings.budget_s)
+            found = filter_all(candidates, state, settings.arch, settings.arithmetic, budget)
             print(tune_report.verdicts(candidates, state, found))
             say_written(args.json)
             return int(bool(found.failed))
         interpreter.install()  # nothing where kernels are compiled
-        found = search(rank, candidates, state, settings.arch, settings.arithmetic, settings.budget_s)
+        found = search(rank, candidates, state, settings.arch, settings.arithmetic, budget)
     content = tune_rows.file_of(state)
     print(tune_report.results(content, state.surroundings, found))
     if content["rows"] and settings.out is not None:

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import checkout
+from budget import Budget
 
 from tpffn_triton.kernels._configs import Config
 
@@ -30,14 +30,14 @@ class FilterFailed(RuntimeError):
 
 
 class OutOfTime(FilterFailed):
-    """The deadline has passed."""
+    """The budget is spent."""
 
 
 class Filter:
-    """Compiles for an architecture in the background, `jobs` at once, until a deadline (of time.monotonic)."""
+    """Compiles for an architecture in the background, `jobs` at once, until the budget is spent."""
 
-    def __init__(self, arch: str, arithmetic: str, jobs: int, deadline: float) -> None:
-        self.arch, self.arithmetic, self.jobs, self.deadline = arch, arithmetic, jobs, deadline
+    def __init__(self, arch: str, arithmetic: str, jobs: int, budget: Budget) -> None:
+        self.arch, self.arithmetic, self.jobs, self.budget = arch, arithmetic, jobs, budget
         self._batches = ThreadPoolExecutor(1)
         self._running: subprocess.Popen | None = None
 
@@ -45,14 +45,14 @@ class Filter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.deadline = time.monotonic()
+        self.budget = Budget(0)  # nothing is begun any more
         self._batches.shutdown(wait=False, cancel_futures=True)
         self._kill()
 
     def start(self, kernel: str, configs: Sequence[Config]) -> "Future[dict[Config, str]]":
         """Return what will be OK or the problems of each configuration of a kernel, after what was started before.
 
-        Its result raises: OutOfTime: the deadline has passed. FilterFailed: the gate ended without a report.
+        Its result raises: OutOfTime: the budget is spent. FilterFailed: the gate ended without a report.
         """
         return self._batches.submit(self._verdicts, kernel, configs)
 
@@ -65,8 +65,8 @@ class Filter:
         return {config: "; ".join(row["problems"]) or OK for config, row in zip(configs, rows, strict=True)}
 
     def _reported(self, *flags: str) -> list[dict[str, Any]]:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        left = self.budget.left()
+        if left == 0:
             raise OutOfTime("no time was left to compile candidates")
         # Kernels that are to be compiled must not be interpreted, and the GPU is left to what is measured meanwhile.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -10,10 +10,11 @@ and torch's GEMM stay to the end, so that the last rounds compare with them.
     us_p20, us_p50, us_p80   of the last rounds it took part in, `rounds` of them; None: not timed
     ratio_p80      of those in the last rounds: its time over the tables' choice's, by round; below 1, faster by more
                    than noise
-    max_rel_err    as in measure.py
+    max_rel_err    as in measure.py; None where it is not finite
     chosen         whether this is the case's row (tune_rows.py)
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import timing
-from measure import error_bound, worst_error
+from gate import Checked, checked, error_bound
 from ranks import Rank
 from steps import Step, captured
 from tables import Row
+from tune_candidates import name_of
 from tune_cases import Case
 from tune_filter import OK
 from tune_rows import CANDIDATE, CUBLAS, TABLE, TORCH, Contender, choose, ratio_p80
@@ -85,15 +87,17 @@ def measure(rank: Rank, case: Case, configs: Sequence[Config], seconds: float) -
     steps: dict[Contender, Step] = {}
     rows: dict[Contender, Row] = {}
     unreached = 0
+    bound = error_bound(DTYPES[case.arithmetic], "gelu")
     for contender, compute in _contenders(work, configs):
         if contender not in (own, CUBLAS) and time.perf_counter() - begin > seconds / 2:
             unreached += 1
             continue
-        verdict, error, step = _checked(rank, case, compute, truth)
-        if step is not None:
-            steps[contender] = step
         kind = TORCH if contender is CUBLAS else TABLE if contender == own else CANDIDATE
-        rows[contender] = _row(case, contender, kind, verdict, error)
+        name = kind if contender is None else f"{kind} {name_of(contender)}"
+        result = checked(name, partial(Launched, compute, rank.device.type == "cuda"), truth, bound, rank)
+        if result.step is not None:
+            steps[contender] = result.step
+        rows[contender] = _row(case, contender, kind, result)
     del truth
     if own in steps:
         earlier, last = _heats(rank, steps, own, begin + seconds)
@@ -111,21 +115,6 @@ def _contenders(work: Workload, configs: Sequence[Config]) -> Iterator[tuple[Con
         yield CUBLAS, work.torch
     for config in configs[1:]:
         yield config, partial(work.launch, config)
-
-
-def _checked(
-    rank: Rank, case: Case, compute: Callable[[], Outputs], truth: Outputs
-) -> tuple[str, float | None, Step | None]:
-    """Return the verdict on a contender, its error, and its step if it is right."""
-    try:
-        step = Launched(compute, graph=rank.device.type == "cuda")
-        error, name = worst_error(step, truth, rank)
-    except Exception as failure:  # a candidate that a GPU refuses is a finding
-        return f"failed: {type(failure).__name__}: {str(failure)[:200]}", None, None
-    bound = error_bound(DTYPES[case.arithmetic], "gelu")
-    if error > bound:
-        return f"wrong: {name} is off by {error:.2g} against fp64, allowed {bound:.2g}", error, None
-    return OK, error, step
 
 
 def _heats(
@@ -154,13 +143,20 @@ def _heats(
     return earlier, run(timing.rounds_within(deadline - time.perf_counter(), bounds, round_seconds, rank))
 
 
-def _row(case: Case, contender: Contender, kind: str, verdict: str, error: float | None) -> Row:
+def _row(case: Case, contender: Contender, kind: str, result: Checked) -> Row:
     nothing: dict[str, Any] = dict.fromkeys(("us_p20", "us_p50", "us_p80", "rounds", "ratio_p80"))
     config = None if contender is None else contender.meta
-    found = {"contender": kind, "config": config, "verdict": verdict, "max_rel_err": error, "chosen": False}
+    error = max(result.errors.values(), default=None)
+    error = error if error is not None and math.isfinite(error) else None
+    found = {
+        "contender": kind,
+        "config": config,
+        "verdict": result.refused or OK,
+        "max_rel_err": error,
+        "chosen": False,
+    }
     return case._asdict() | found | nothing
 
 
 def _figures(ms: Sequence[float]) -> dict[str, Any]:
-    p20, p50, p80 = (1e3 * np.quantile(ms, (0.2, 0.5, 0.8))).tolist()
-    return {"us_p20": p20, "us_p50": p50, "us_p80": p80, "rounds": len(ms)}
+    return timing.spread([1e3 * t for t in ms], "us") | {"rounds": len(ms)}

@@ -1,6 +1,5 @@
 """Search case by case within a budget: filter the candidates of a kernel while the one before is measured."""
 
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -8,9 +7,9 @@ from typing import NamedTuple
 
 import ranks
 import torch
+from budget import Budget
 from ranks import Rank
 from tables import Row
-from tune_candidates import name_of
 from tune_cases import Case
 from tune_filter import OK, Filter, FilterFailed, OutOfTime
 from tune_measure import measure
@@ -72,41 +71,40 @@ class _Verdicts:
         return self.state.verdicts(kernel, self.arithmetic)
 
 
-def filter_all(candidates: Candidates, state: State, arch: str, arithmetic: str, budget_s: float) -> Found:
+def filter_all(candidates: Candidates, state: State, arch: str, arithmetic: str, budget: Budget) -> Found:
     """Add the verdicts on all candidates to the state; those that it has are not asked for again."""
     found = Found([], [])
-    with Filter(arch, arithmetic, ranks.cores(), time.monotonic() + budget_s) as compiler:
+    with Filter(arch, arithmetic, ranks.cores(), budget) as compiler:
         verdicts = _Verdicts(state, candidates, compiler)
         for kernel in by_kernel(candidates):
             verdicts.of(kernel, found)
     return found
 
 
-def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmetic: str, budget_s: float) -> Found:
+def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmetic: str, budget: Budget) -> Found:
     """Add each case's measurements to the state, in the order of candidates; cases that it has are not measured again.
     What time is left is divided evenly over the cases left."""
-    deadline = time.monotonic() + budget_s
     found = Found([], [])
     todo = {case: configs for case, configs in candidates.items() if not state.measured(case)}
     # While something is measured, the cores that launch and wait are left alone.
-    with Filter(arch, arithmetic, max(1, ranks.cores() - 2), deadline) as compiler:
+    with Filter(arch, arithmetic, max(1, ranks.cores() - 2), budget) as compiler:
         verdicts = _Verdicts(state, todo, compiler)
         for number, (case, configs) in enumerate(todo.items()):
             passed = verdicts.of(case.kernel, found)
-            left = deadline - time.monotonic()
-            if left < LEAST_S:
+            if (budget.left() or 0.0) < LEAST_S:
                 found.left_out.append(str(case))
                 continue
             worth = [configs[0], *(config for config in configs[1:] if passed.get(config) == OK)]
             rank.say(f"{number + 1} of {len(todo)}: {case}, {len(worth)} of {len(configs)} candidates")
             try:
-                rows, unreached = measure(rank, case, worth, max(LEAST_S, left / (len(todo) - number)))
+                share = budget.share(len(todo) - number).left() or 0.0
+                rows, unreached = measure(rank, case, worth, max(LEAST_S, share))
             except Exception as error:  # out of memory, say: other cases are smaller
                 traceback.print_exc()
                 found.failed.append(f"{case}: {type(error).__name__}: {error}")
                 continue
             state.add(rows)
-            found.failed.extend(f"{case}, {_named(row)}: {row['verdict']}" for row in rows if _bad(row))
+            found.failed.extend(f"{case}: {row['verdict']}" for row in rows if _bad(row))
             if unreached:
                 found.left_out.append(f"{case}: {unreached} of its candidates")
             if rank.device.type == "cuda":
@@ -114,11 +112,6 @@ def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmet
     return found
 
 
-def _named(row: Row) -> str:
-    config = row["config"]
-    return row["contender"] if config is None else f"{row['contender']} {name_of(Config(**config))}"
-
-
 def _bad(row: Row) -> bool:
     """A candidate that the GPU refuses is a finding; a wrong one, or the tables' own, is a fault."""
-    return row["verdict"] != OK and (row["contender"] == TABLE or row["verdict"].startswith("wrong"))
+    return row["verdict"] != OK and (row["contender"] == TABLE or " is wrong: " in row["verdict"])

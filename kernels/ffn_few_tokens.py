@@ -72,7 +72,7 @@ def is_last_slice(counter_ptr, SPLIT_K: tl.constexpr, USE_TMA: tl.constexpr):
     if USE_TMA:
         # Slices are not read by TMA; but what is published here and what is published as act, no one has to tell apart.
         fence_async_proxy()
-    # Triton 3.6 puts no barrier between other threads' stores and one thread's release.
+    # Triton 3.6 and 3.7 put one before acq_rel by themselves, and 3.6 none before a release: not to be relied on.
     tl.debug_barrier()
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     last = before == SPLIT_K - 1

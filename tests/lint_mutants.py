@@ -48,7 +48,6 @@ OF_TMA = {
 
 OF_SLICES = {
     "slice as it is": ("def is_last_slice(",) * 2,
-    "slice without a barrier": ("    tl.debug_barrier()\n", ""),
     "slice counted relaxed": ('sem="acq_rel", scope="gpu"', 'sem="relaxed", scope="gpu"'),
     "slice counted for one program": ('sem="acq_rel", scope="gpu"', 'sem="acq_rel", scope="cta"'),
 }

@@ -20,8 +20,8 @@ MUTANTS = {
         ("y a view", "torch.ops.aten._unsafe_view(y, x.shape)", "y.view(x.shape)", "test_pytorch.py -k in_place"),
         (
             "y not reduced",
-            "y = wait(_start_sum(y, call)).to(dtype)",
-            "y = y.to(dtype)",
+            "wait(_start_sum(y, call))).to(dtype)",
+            "y).to(dtype)",
             RANKS.format("relu-"),
         ),
         ("dx not reduced", "dx = _start_sum(dx, call)", "dx = dx", RANKS.format("relu-")),

@@ -5,8 +5,9 @@
     outcomes = pool.outcomes(function, ...)  the same, exceptions as values
     pool.close()
 
-The processes start once and stay: a start costs seconds, a call milliseconds. A rank that does not answer within
-`timeout` seconds fails the call and ends the pool: no test hangs. Functions must be importable by name.
+The processes start once and stay: a start costs seconds, a call milliseconds. A rank that dies, or does not answer
+within `timeout` seconds, fails the call, and the next call gets new ranks: no test hangs, or fails because another did.
+Functions must be importable by name.
 """
 
 import datetime
@@ -57,27 +58,44 @@ class Ranks:
     """A pool of `world_size` ranks over gloo, or over NCCL with one GPU each."""
 
     def __init__(self, world_size: int, backend: str = "gloo", group_timeout: float = 60) -> None:
+        self.world_size, self._backend, self._group_timeout = world_size, backend, group_timeout
+        self._pipes: list = []
+        self._processes: list = []
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
         port = _free_port()
-        self.world_size, self._pipes, self._processes = world_size, [], []
-        for rank in range(world_size):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, world_size, port, backend, group_timeout, theirs)
+            args = (rank, self.world_size, port, self._backend, self._group_timeout, theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
+            theirs.close()  # or its end would not show when the rank dies
             self._pipes.append(ours)
             self._processes.append(process)
 
     def outcomes(self, function, *args, timeout: float = 240) -> list:
         """Return per rank (True, value) or (False, (exception type, message, traceback))."""
-        for pipe in self._pipes:
-            pipe.send((function, args))
+        if not self._pipes:
+            self._start()
         results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                self.close()
-                raise RankError(f"rank {rank} of {self.world_size} did not answer within {timeout} s")
-            results.append(pipe.recv())
+        rank = 0
+        try:
+            for pipe in self._pipes:
+                pipe.send((function, args))
+            for rank, pipe in enumerate(self._pipes):
+                if not pipe.poll(timeout):
+                    raise RankError(f"rank {rank} of {self.world_size} did not answer within {timeout} s")
+                results.append(pipe.recv())
+        except (RankError, EOFError, OSError) as error:
+            for process in self._processes:
+                process.join(1)  # those that died tell how
+            codes = [process.exitcode for process in self._processes]
+            self.close()
+            if isinstance(error, RankError):
+                raise
+            raise RankError(f"rank {rank} of {self.world_size} died; exit codes, None where alive: {codes}") from None
         return results
 
     def run(self, function, *args, timeout: float = 240) -> list:

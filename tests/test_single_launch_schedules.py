@@ -1,8 +1,9 @@
 """One launch of both GEMMs cannot race or hang: the real kernels, their programs interleaved by the simulator in many
 ways.
 
-Every result is bit for bit that of the two launches it replaces, or, for few tokens, of any other schedule; in each schedule M changes twice, and nothing of one
-launch reaches the next. Tiles are small and the operands such that part of one is left over at every edge.
+Every result is bit for bit that of the two launches it replaces, or, for few tokens, of any other schedule; in each
+schedule M changes twice, and nothing of one launch reaches the next. Tiles are small and the operands such that part of
+one is left over at every edge.
 """
 
 from dataclasses import replace

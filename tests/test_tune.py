@@ -40,7 +40,7 @@ TINY = ["--shape", "16,32,64", "--kernel", "linear", "--candidates", "2"]
 class Approves:
     """A filter that compiles nothing and drops nothing."""
 
-    def __init__(self, arch: str, arithmetic: str, jobs: int, deadline: float) -> None:
+    def __init__(self, arch: str, arithmetic: str, jobs: int, budget: object) -> None:
         self.arithmetic = arithmetic
 
     def __enter__(self) -> Approves:
@@ -155,11 +155,11 @@ def test_every_kernel_is_right_in_its_workload(kernel: str) -> None:
     assert [row["contender"] for row in rows] == ["table"] + ["cublas"] * (kernel in _tuned.TORCH_INSTEAD)
 
 
-def wrong_where(condition):
+def wrong_where(condition, factor=1.1):
     right = tune_workloads.linear
 
     def linear(a, weight, bias, config):
-        return right(a, weight, bias, config=config) * (1.1 if condition(config) else 1.0)
+        return right(a, weight, bias, config=config) * (factor if condition(config) else 1.0)
 
     return linear
 
@@ -170,15 +170,24 @@ def test_a_wrong_candidate_is_not_timed(search, approved, tmp_path: Path, monkey
     monkeypatch.setattr(tune_workloads, "linear", wrong_where(lambda config: config == other))
     assert search(*TINY, "--out", out, "--json", state) == 1
     (row,) = (r for r in json.loads(state.read_text()) if r["config"] == other.meta and r["rows"] is not None)
-    assert row["verdict"].startswith("wrong: y is off by 0.1 against fp64, allowed 0.02")
+    assert row["verdict"] == f"candidate {name_of(other)} is wrong: y is off by 0.1 against fp64, allowed 0.02"
     assert row["us_p50"] is None
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["candidates"] == 1
-    assert f"FAILED: linear [16, 32] over 64, 16bit, candidate {name_of(other)}: wrong: " in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"][0]["candidates"] == 1
+    assert f"FAILED: linear [16, 32] over 64, 16bit: {row['verdict']}\n" in capsys.readouterr().out
 
     monkeypatch.setattr(tune_workloads, "linear", wrong_where(lambda config: config == own))
     assert search(*TINY, "--out", tmp_path / "none.json") == 1
     assert not (tmp_path / "none.json").exists()  # without the tables' choice there is nothing to compare with
+
+
+def test_a_candidate_that_leaves_nan_is_not_timed(search, approved, tmp_path: Path, monkeypatch) -> None:
+    state = tmp_path / "state.json"
+    _, other = candidates(LINEAR._replace(inner=64), "sm_90", 2)
+    monkeypatch.setattr(tune_workloads, "linear", wrong_where(lambda config: config == other, float("nan")))
+    assert search(*TINY, "--out", tmp_path / "tuned.json", "--json", state) == 1
+    row = json.loads(state.read_text())[-1]
+    assert (row["config"], row["max_rel_err"], row["us_p50"]) == (other.meta, None, None)
+    assert "y is off by inf" in row["verdict"]
 
 
 def test_what_a_gpu_refuses_is_passed_over(search, approved, tmp_path: Path, monkeypatch) -> None:
@@ -194,7 +203,7 @@ def test_what_a_gpu_refuses_is_passed_over(search, approved, tmp_path: Path, mon
     state = tmp_path / "state.json"
     assert search(*TINY, "--out", tmp_path / "tuned.json", "--json", state) == 0
     verdicts = [row["verdict"] for row in json.loads(state.read_text()) if row["rows"] is not None]
-    assert verdicts == [OK, OK, "failed: RuntimeError: out of resources"]
+    assert verdicts == [OK, OK, f"candidate {name_of(other)} failed: RuntimeError: out of resources"]
 
 
 def test_candidates_that_were_not_compiled_are_not_launched(search, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,4 +1,4 @@
-"""What bench/tune.py tries: candidates are few and begin with the tables' choice; the compiler drops those that spill."""
+"""What bench/tune.py tries: few candidates, the tables' choice first, less those that the compiler speaks against."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from test_compile_gate import run_compiling
 sys.path.insert(0, str(ROOT / "bench"))
 
 import tune_filter
+from budget import Budget
 from tune_candidates import MOST, SHARED_BYTES, candidates, tables_choice
 from tune_cases import REGIMES, Case, Shard, all_cases
 from tune_filter import OK, Filter, FilterFailed, OutOfTime
@@ -87,7 +88,7 @@ def test_cases_are_what_configurations_are_asked_for() -> None:
 def test_the_filter_drops_what_spills() -> None:
     spilling, good = Config(128, 128, 64, 8, 3, USE_TMA=True), Config(64, 64, 64, 4, 4, USE_TMA=True)
     assert os.environ["TRITON_INTERPRET"] == "1"  # which the compiler must not see
-    with Filter("sm_90", "16bit", 2, time.monotonic() + 120) as compiler:
+    with Filter("sm_90", "16bit", 2, Budget(120)) as compiler:
         found = compiler.start("linear_dact", [spilling, good]).result()
     assert found[spilling].startswith("spills: ")
     assert found[good] == OK
@@ -98,14 +99,14 @@ def test_the_filter_ends_with_its_time_or_says_why(monkeypatch, tmp_path: Path) 
     sleeping.write_text("import time\ntime.sleep(60)\n")
     broken.write_text("raise SystemExit('no compiler here')\n")
     begin = time.monotonic()
-    with Filter("sm_90", "16bit", 1, begin + 1) as compiler:
+    with Filter("sm_90", "16bit", 1, Budget(1)) as compiler:
         monkeypatch.setattr(tune_filter, "GATE", sleeping)
         with pytest.raises(OutOfTime, match="took longer"):
             compiler.start("linear", [OWN]).result()
         with pytest.raises(OutOfTime, match="no time was left"):
             compiler.start("linear", [OWN]).result()
     assert time.monotonic() - begin < 30
-    with Filter("sm_90", "16bit", 1, time.monotonic() + 60) as compiler:
+    with Filter("sm_90", "16bit", 1, Budget(60)) as compiler:
         monkeypatch.setattr(tune_filter, "GATE", broken)
         with pytest.raises(FilterFailed, match=r"broken\.py reported nothing: no compiler here"):
             compiler.start("linear", [OWN]).result()

@@ -6,6 +6,7 @@ reduce_replicated_grads    after backward under sequence parallelism
 CollectiveError      a collective failed, or a rank did not come to compare arguments
 compare_ranks, comparing_every_call    find out why ranks drift apart
 explain              which kernels a layer launches at a size, with which tiles, and why
+load_tuning          let what bench/tune.py measured on this GPU choose tiles
 backend              what computes on a device: compiled Triton, interpreted Triton, or torch and oneDNN
 sharding, reference, plan    cut weights, compare with eager, count shapes and communication
 """
@@ -16,6 +17,7 @@ from tpffn_triton.comparison import compare_ranks
 from tpffn_triton.explanation import explain
 from tpffn_triton.functional import ffn
 from tpffn_triton.group_store import CollectiveError
+from tpffn_triton.kernels._launch import load_tuning
 from tpffn_triton.machines import Machine
 from tpffn_triton.module import TensorParallelFFN
 from tpffn_triton.replicated_grads import reduce_replicated_grads
@@ -30,5 +32,6 @@ __all__ = [
     "comparing_every_call",
     "explain",
     "ffn",
+    "load_tuning",
     "reduce_replicated_grads",
 ]

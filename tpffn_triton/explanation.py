@@ -165,16 +165,24 @@ class Shard:
         self.choice = forward_form(self._x, self._w1, self._w2, activation, self.arch, batch_invariant)
         self.gradients = form_of(*self._of_gradients, arch=self.arch)
 
-    def _launch(self, pass_: str, kernel: str, computes: str, out: Operand, *operands: Operand) -> KernelLaunch:
-        """Return a launch of a kernel with a program for each tile of out."""
+    def _launch(
+        self,
+        pass_: str,
+        kernel: str,
+        computes: str,
+        out: Operand,
+        *operands: Operand,
+        config: Config | None = None,
+    ) -> KernelLaunch:
+        """Return a launch of a kernel with a program for each tile of out; config: not what the tables choose."""
         name = f"{self._gated}{kernel}" if "act" in kernel else kernel
         rows, cols = out.shape
         inner = operands[0].shape[0 if kernel == "wgrad" else 1]
-        if kernel in TORCH_INSTEAD:
+        if kernel in TORCH_INSTEAD and config is None:
             measured = _configs.faster_by_torch(kernel, out, rows, cols, inner, self.arch)
             if measured is not None:
                 return KernelLaunch(pass_, "torch", computes, None, 0, measured)
-        config = configuration(name, None, rows, cols, inner, *operands, out, arch=self.arch)
+        config = configuration(name, config, rows, cols, inner, *operands, out, arch=self.arch)
         return KernelLaunch(pass_, kernel, computes, config, grid(config, rows, cols)[0])
 
     def _config_of_one_launch(self, form: str) -> Config | None:
@@ -199,9 +207,11 @@ class Shard:
             programs = (grid(config, *act.shape)[0] + grid(config, *y.shape)[0]) * config.SPLIT_K
             kernel = "few_tokens" if (form or self.choice.form) == FEW else "ffn"
             return [KernelLaunch("forward", kernel, "act, y", config, programs)], why
-        linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1)
+        second = self.choice.config2
+        first = self.choice.config if second is not None else None
+        linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1, config=first)
         if chunks == 1:
-            return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2)], why
+            return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2, config=second)], why
         (M, H), F = y.shape, act.shape[1]
         rows = rows_of_a_chunk(M, chunks)
         linears = []
