@@ -233,8 +233,10 @@ def compile_variant(variant: Variant):
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
     constants = {name: values[name] for name, kind in types.items() if kind == "constexpr"}
     attrs = {name: [["tt.divisibility", 16]] for name in divisible}
-    # Constants without attributes are listed as Triton's JIT does: a launch then finds in the cache what was compiled.
-    attrs |= {name: [] for name in constants}
+    # Constants without attributes, listed as Triton's JIT does (3.6: texts alone): a launch then finds in the cache
+    # what was compiled here.
+    all_listed = not triton.__version__.startswith("3.6.")
+    attrs |= {name: [] for name, value in constants.items() if all_listed or isinstance(value, str)}
     source = ASTSource(
         fn=function,
         signature=types,

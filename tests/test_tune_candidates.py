@@ -12,7 +12,7 @@ import compile_inspect
 import compile_pool
 import pytest
 from commands import ROOT, run
-from test_compile_gate import run_compiling
+from test_compile_gate import run_compiling, versions
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -124,8 +124,9 @@ def test_a_compiler_that_dies_loses_one_candidate() -> None:
     assert found == {number: 10 * number for number in numbers if number != 3}
 
 
+@versions
 @pytest.mark.slow
-def test_a_launch_finds_what_the_filter_compiled(tmp_path: Path) -> None:
+def test_a_launch_finds_what_the_filter_compiled(triton_folder, tmp_path: Path) -> None:
     """By Triton's hash, which names the files of its cache; not of `linear`, which the gate compiles as dependent."""
     script = tmp_path / "hashes.py"
     script.write_text(
@@ -145,7 +146,7 @@ def test_a_launch_finds_what_the_filter_compiled(tmp_path: Path) -> None:
         "    print(kernel, gate.compile_variant(gate.Variant(*whole)).hash == hashes[-1])\n"
     )
     kernels = [kernel for kernel in KERNELS if kernel not in ("linear", "gated_few_tokens", "gated_ffn")]
-    result = run_compiling(script, ROOT / "bench", *kernels)
+    result = run_compiling(script, ROOT / "bench", *kernels, triton_folder=triton_folder)
     assert result.stdout.split()[1::2] == ["True"] * len(kernels), result.stdout + result.stderr
 
 
