@@ -23,7 +23,7 @@ MEGATRON := .cache/megatron-core
 MEGATRON_VERSIONS := 0.12.3 0.13.1 0.14.0 0.15.3
 MEGATRON_STAMP := $(MEGATRON)/.ready-$(ABI)
 
-.PHONY: help test mutants bench analysis lint gpu
+.PHONY: help test nightly mutants bench analysis lint gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ help: ## list the targets
 test: lint $(STAMP) $(TRITON_36_STAMP) $(MEGATRON_STAMP) ## lint, then run every test that needs no GPU (PYTEST_FLAGS="tests/test_plan.py -x")
 	@# worksteal: neighbours stay on one worker and share its fixtures until a worker runs dry
 	TPFFN_TRITON_36=$(CURDIR)/$(TRITON_36) TPFFN_MEGATRON=$(CURDIR)/$(MEGATRON) $(RUN) pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+nightly: $(STAMP) $(TRITON_36_STAMP) ## compile every configuration row in every form, for two versions of triton
+	TPFFN_TRITON_36=$(CURDIR)/$(TRITON_36) $(RUN) pytest -n $(JOBS) -m nightly $(PYTEST_FLAGS)
 
 mutants: $(STAMP) ## make mistakes in a copy of the sources: the tests must notice each (MUTANTS_FLAGS="--only gate")
 	$(VENV)/bin/python tests/mutants.py --jobs $(JOBS) $(MUTANTS_FLAGS)

@@ -13,8 +13,7 @@ ffn computes in every form, host included: its launchers alone are exchanged.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +23,13 @@ import gate
 import timing
 import torch
 import workloads
+from exchanged_launchers import LaunchedBy
 from implementations import IMPLEMENTATIONS
 from ranks import Rank
 from steps import Step, make_step
 from torch import Tensor
 from workloads import Problem, Shape
 
-from tpffn_triton.backends import implementation
 from tpffn_triton.explanation import Shard
 from tpffn_triton.kernels._configs import Config, arch_of
 from tpffn_triton.kernels.column_sum import column_sum
@@ -110,38 +109,6 @@ def launchers(way: Way, rows: dict[str, Config]) -> dict[str, Callable]:
     elif way.gradients == EACH:
         found["weight_grads"] = _a_launch_each
     return found
-
-
-class LaunchedBy(Step):
-    """A step of ffn, made and run with these launchers in place of the package's own."""
-
-    def __init__(self, kind: str, exchanged: dict[str, Callable], make: Callable[[], Step]) -> None:
-        self.kernels, self.exchanged = vars(implementation(kind)), exchanged
-        with self._in_place():
-            self.step = make()
-        self.mode = self.step.mode
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        own = {name: self.kernels[name] for name in self.exchanged}
-        self.kernels.update(self.exchanged)
-        try:
-            yield
-        finally:
-            self.kernels.update(own)
-
-    def reset(self) -> None:
-        """Reset the step."""
-        self.step.reset()
-
-    def __call__(self) -> None:
-        """Compute."""
-        with self._in_place():
-            self.step()
-
-    def outputs(self) -> dict[str, Tensor]:
-        """Return the step's last results."""
-        return self.step.outputs()
 
 
 def measure(rank: Rank, settings: Settings) -> dict[str, list]:

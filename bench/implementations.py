@@ -6,6 +6,7 @@
     unfused          F.linear, activation, F.linear: three torch operations; a gated activation is chunk, act and mul
     unfused-onednn   the same three steps with every GEMM by oneDNN (CPU, fp32 and bf16)
     fused            tpffn_triton.ffn
+    fused-triton     the same, and no GEMM goes to cuBLAS, whatever was measured to be faster (CUDA)
     megatron         Megatron-Core's own MLP, where megatron-core is installed (megatron_peer.py)
     megatron-fused   tpffn_triton.megatron.FusedMLP in its place
 
@@ -18,8 +19,9 @@ slows the baseline; b2 is added after the sum, on every rank. Without a group it
 sequence parallelism they are gather and reduce-scatter, and the gathered x is kept for backward.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import checkout  # noqa: F401
@@ -30,6 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpffn_triton import ffn
+from tpffn_triton.kernels.forward import ffn_forward
+from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad
+from tpffn_triton.kernels.weight_grads import weight_grads
 from tpffn_triton.reference import ACTIVATIONS
 from tpffn_triton.regions import (
     copy_to_tp_region,
@@ -41,6 +46,11 @@ from tpffn_triton.regions import (
 Group = dist.ProcessGroup | None
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Group], Tensor]
 Linear = Callable[..., Tensor]
+# What fused-triton computes by: none of these leaves a GEMM to torch's own.
+_PURE_TRITON: dict[str, Callable] = {
+    launcher.__name__: partial(launcher, by_torch=False)
+    for launcher in (ffn_forward, linear, linear_into, dgrad, wgrad, weight_grads)
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Implementation:
 
     device_types, dtypes   where it exists
     missing                returns what it needs that is not installed, None: nothing
+    launchers              what computes in the place of the package's own (exchanged_launchers.py)
     """
 
     name: str
@@ -57,6 +68,7 @@ class Implementation:
     device_types: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("fp32", "tf32", "bf16", "fp16")
     missing: Callable[[], str | None] = lambda: None
+    launchers: Mapping[str, Callable] = field(default_factory=dict)
 
     def reason_against(self, device_type: str, dtype: str) -> str | None:
         """Say why it does not run with this device type and dtype; None: it does."""
@@ -124,6 +136,13 @@ IMPLEMENTATIONS = {
             dtypes=("fp32", "bf16"),
         ),
         Implementation("fused", "tpffn_triton.ffn", _fused),
+        Implementation(
+            "fused-triton",
+            "the same by Triton's kernels alone, none of its GEMMs by cuBLAS (CUDA)",
+            _fused,
+            device_types=("cuda",),
+            launchers=_PURE_TRITON,
+        ),
         Implementation(
             "megatron",
             "Megatron-Core's own MLP; gelu_tanh, geglu_tanh and swiglu by its fused kernels, others eager",

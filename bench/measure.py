@@ -17,12 +17,14 @@ import statistics
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import environment
 import memory
 import timing
 import workloads
+from exchanged_launchers import launched_by
 from gate import error_bound, matmul_precision, worst_error
 from implementations import Implementation, chosen
 from ranks import Rank
@@ -95,7 +97,8 @@ def _measure_problem(
     for implementation in compared:
         forward = implementation.build(settings.activation, settings.sequence_parallel)
         for mode in settings.modes:
-            step = make_step(forward, own, rank.group, mode, settings.graph)
+            make = partial(make_step, forward, own, rank.group, mode, settings.graph)
+            step = launched_by(rank.device.type, implementation.launchers, make)
             name = implementation.name
             error, tensor = worst_error(step, reference, rank)
             if error <= bound:

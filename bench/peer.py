@@ -36,6 +36,7 @@ class Peer:
     package    the distribution whose version tells what was measured
     reference  of a problem and an activation: its own fp64 results; None: the FFN's
     ours       whether it is tpffn_triton's
+    launchers  what computes in the place of the package's own (exchanged_launchers.py)
     """
 
     name: str
@@ -50,6 +51,7 @@ class Peer:
     package: str | None = None
     reference: Callable[[Problem, str], dict[str, Tensor]] | None = None
     ours: bool = False
+    launchers: Mapping[str, Callable] = field(default_factory=dict)
 
     def reason_against(self, place: Place) -> str | None:
         """Say why it is not here; None: it is."""

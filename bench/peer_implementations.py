@@ -89,7 +89,9 @@ def _our_peer(name: str, label: str, modes: tuple[str, ...] = MODES, **options: 
 
 OURS = (
     _our_peer(FUSED, "tpffn_triton.ffn"),
+    _existing("fused-triton", ours=True, launchers=IMPLEMENTATIONS["fused-triton"].launchers),
     _our_peer("fused-recompute", "the same with save='nothing': backward recomputes", ("fwd_bwd",), save="nothing"),
+    _our_peer("fused-invariant", "the same, batch_invariant: a token's bits are its own", batch_invariant=True),
 )
 
 

@@ -32,6 +32,7 @@ import timing
 import torch
 import workloads
 from budget import Budget
+from exchanged_launchers import launched_by
 from implementations import Forward
 from peer import Peer, Place
 from peer_implementations import EAGER, FUSED, PACKAGES, chosen
@@ -176,7 +177,8 @@ def _checked(
     for peer, forward in forwards.items():
         subject.rank.say(f"{name} {mode} {run}: comparing {peer.name} with fp64")
         what = f"{peer.name} ({name}, {place.activation}, {place.dtype}, {mode}, {run})"
-        make = partial(make_step, forward, subject.problem, None, mode, run == "graph")
+        plain = partial(make_step, forward, subject.problem, None, mode, run == "graph")
+        make = partial(launched_by, place.device_type, peer.launchers, plain)
         found = gate.checked(what, make, subject.reference(peer), bound, subject.rank)
         if found.step is None:
             outcome.refuse(found.refused or what, peer.ours)

@@ -86,7 +86,8 @@ def _ours_over_bare_gemms(point: Point) -> float | None:
 
 
 def _peers(point: Point) -> dict[str, float]:
-    return {peer: ratio for peer, ratio in point.ratios().items() if peer != BARE_GEMMS}
+    others = {peer: ratio for peer, ratio in point.ratios().items() if not peer.startswith(f"{OURS}-")}
+    return {peer: ratio for peer, ratio in others.items() if peer != BARE_GEMMS}
 
 
 def _fastest_peer(point: Point) -> float | None:

@@ -65,7 +65,13 @@ def few_tokens_config(x: Operand, w1: Operand, w2: Operand, activation: str, arc
 
 
 def forward_form(
-    x: Operand, w1: Operand, w2: Operand, activation: str, arch: str | None = None, batch_invariant: bool = False
+    x: Operand,
+    w1: Operand,
+    w2: Operand,
+    activation: str,
+    arch: str | None = None,
+    batch_invariant: bool = False,
+    by_torch: bool = True,
 ) -> Choice:
     """Return how forward is launched for these operands on an architecture, by default that of their device."""
     asked, arch = arch, arch or _configs.arch_of(x.device)
@@ -83,9 +89,9 @@ def forward_form(
     why = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors, {load}"
     if one:
         return Choice(SINGLE, config, why)
-    by_torch = _configs.faster_by_torch("linear", x, M, H, N, asked)
-    if by_torch is not None:
-        return Choice(TWO, config, f"{why}; Linear2 by {by_torch}")
+    faster = _configs.faster_by_torch("linear", x, M, H, N, asked) if by_torch else None
+    if faster is not None:
+        return Choice(TWO, config, f"{why}; Linear2 by {faster}")
     if arch in DEPENDENT_LAUNCHES:
         return Choice(DEPENDENT, config, why)
     return Choice(TWO, config, f"{why}; no dependent launches on {arch}")
@@ -108,8 +114,8 @@ def _invariant_config(kernel: str, arch: str, *operands: Operand) -> Config:
 
 
 @prepared_once
-def _chosen(x, w1, w2, activation, batch_invariant, arithmetic) -> Choice:
-    return forward_form(Operand(*x), Operand(*w1), Operand(*w2), activation, None, batch_invariant)
+def _chosen(x, w1, w2, activation, batch_invariant, by_torch, arithmetic) -> Choice:
+    return forward_form(Operand(*x), Operand(*w1), Operand(*w2), activation, None, batch_invariant, by_torch)
 
 
 @prepared_once
@@ -148,7 +154,7 @@ def ffn_forward(
     config: Config | None = None
     config2: Config | None = None
     if form is None:
-        form, config, _, config2 = _chosen(*operands, batch_invariant, arithmetic)
+        form, config, _, config2 = _chosen(*operands, batch_invariant, by_torch, arithmetic)
     elif form == FEW:
         config = _few(*operands, arithmetic)
         if config is None:  # which the tables' choice never is

@@ -218,7 +218,7 @@ def _prepare(matrices, grads, sources, dtypes, arithmetic, config) -> Launch | N
     )
 
 
-def _compute(grads, matrices, sources, dtypes, config) -> tuple:
+def _compute(grads, matrices, sources, dtypes, config, by_torch=True) -> tuple:
     """Return (dw1, dw2, db1, db2); arguments as in `_prepare`, but tensors."""
     d_pre, x, dy, act = matrices
     launch = _prepare(
@@ -232,7 +232,10 @@ def _compute(grads, matrices, sources, dtypes, config) -> tuple:
     biases = tuple(zip(sources, dtypes[2:], strict=True))
     if launch is None:
         if grads is None:
-            grads = wgrad(d_pre, x, dtypes[0]), wgrad(dy, act, dtypes[1])
+            grads = (
+                wgrad(d_pre, x, dtypes[0], by_torch=by_torch),
+                wgrad(dy, act, dtypes[1], by_torch=by_torch),
+            )
         else:
             wgrad_accumulate(grads[0], d_pre, x)
             wgrad_accumulate(grads[1], dy, act)
@@ -258,14 +261,15 @@ def weight_grads(
     b1_dtype: torch.dtype | None = None,
     b2_dtype: torch.dtype | None = None,
     config: Config | None = None,
+    by_torch: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return (dw1, dw2, db1, db2) as in the module docstring, in these dtypes (None: d_pre's; of a bias, that of what
-    is summed); db1 or db2 is None where db_partial or db2_src is. `config`: as in `form_of`.
+    is summed); db1 or db2 is None where db_partial or db2_src is. `config`: as in `form_of`; by_torch: as of `wgrad`.
 
     Raises: ValueError: shapes, dtypes, devices, strides or a `config` that do not fit (the message shows them).
     """
     dtypes = w1_dtype or d_pre.dtype, w2_dtype or d_pre.dtype, b1_dtype, b2_dtype
-    return _compute(None, (d_pre, x, dy, act), (db_partial, db2_src), dtypes, config)
+    return _compute(None, (d_pre, x, dy, act), (db_partial, db2_src), dtypes, config, by_torch)
 
 
 def weight_grads_accumulate(

@@ -71,9 +71,11 @@ def main() -> None:
         for size in (64, 61):
             layers[name, size] = tp.TensorParallelFFN(size, 2 * size, activation=activation, dtype=torch.bfloat16)
             layers[name, size].linear_fc1.weight.requires_grad_(name != "w1 frozen")
-    for most_waves in (0, _configs.MOST_WAVES[sys.argv[1]]):  # in several launches each, and in one
-        _configs.MOST_WAVES[sys.argv[1]] = most_waves
-        forward._form.cache_clear()
+    most, few_tokens = _configs.MOST_WAVES[sys.argv[1]], _configs.select_for_few_tokens
+    # In several launches each, in one, and in that for few tokens where rows are aligned.
+    for most_waves, select_few in ((0, lambda *args: None), (most, lambda *args: None), (most, few_tokens)):
+        _configs.MOST_WAVES[sys.argv[1]], _configs.select_for_few_tokens = most_waves, select_few
+        forward._chosen.cache_clear()
         weight_grads._prepare.cache_clear()
         for tokens in TOKENS:
             for (_, size), layer in layers.items():

@@ -38,6 +38,7 @@ import mutants_of_megatron
 import mutants_of_package
 import mutants_of_partitionings
 import mutants_of_ranks
+import mutants_of_regimes
 import mutants_of_replacement
 import mutants_of_single_launch
 import mutants_of_weight_grads
@@ -93,6 +94,7 @@ SOURCES = (
     mutants_of_costs,
     mutants_of_ranks,
     mutants_of_weight_grads,
+    mutants_of_regimes,
 )
 MUTANTS = [
     Mutant(name, file, *rest)

@@ -27,7 +27,7 @@ HALF = "half = Operand((M, {}), (width, 1), {like}.dtype, {like}.device, 0)"
 OF_DTYPE = "{0}.to({1}.dtype if USE_TMA else {1}.dtype.element_ty).to(tl.float32)"
 # A cache of launches that forgets the shapes of the operands.
 SHAPELESS = (
-    "def prepared_once(function, known={}):\n"
+    "def _keep(function, known={}):\n"
     "    def prepared(*args):\n"
     "        key = function, str([arg[1:] if isinstance(arg, tuple) else arg for arg in args])\n"
     "        return known[key] if key in known else known.setdefault(key, function(*args))\n"
@@ -232,8 +232,8 @@ MUTANTS = {
         ("launch reused for another precision", "_configs.arithmetic_of(a.dtype)", '"ieee"', TF32),
         (
             "fp32 result of 16-bit operands through 16 bits",
-            'return _matmul("dgrad", dy, weight, None, None, out_dtype or dy.dtype, False, config)',
-            'return _matmul("dgrad", dy, weight, None, None, dy.dtype, False, config).to(out_dtype or dy.dtype)',
+            "None, None, out_dtype or dy.dtype, False, config, by_torch)",
+            "None, None, dy.dtype, False, config, by_torch).to(out_dtype or dy.dtype)",
             TILES,
         ),
         ("main_grad overwritten instead of added to", '"ACCUMULATE": dw is not None', '"ACCUMULATE": False', TILES),
@@ -258,7 +258,7 @@ MUTANTS = {
         ("odd strides sent to TMA", "t.strides[0] % step == 0", "True", AT_ONCE),
         ("odd widths sent to pointers", "and (by_tma or t.shape[1] % step == 0)\n", "\n", AT_ONCE),
         ("launch reused for another alignment", "t.data_ptr() % 16)", "0)", NO_TMA),
-        ("launch reused for another M", "prepared_once = lru_cache(maxsize=2048)\n", SHAPELESS, COLUMN_SUM),
+        ("launch reused for another M", "_keep = lru_cache(maxsize=2048)\n", SHAPELESS, COLUMN_SUM),
         (
             "descriptor reused for another address",
             "descriptor = self._known.get(address)",

@@ -129,8 +129,8 @@ MUTANTS = {
     "kernels/_configs.py": [
         (
             "rows for few tokens that do not fit them",
-            "row.BLOCK_M >= rows]",
-            "row.BLOCK_M >= rows // 2]",
+            "if rows <= row.BLOCK_M]",
+            "if rows // 2 <= row.BLOCK_M]",
             FEW.format("the_row"),
         ),
         ("slices where tiles suffice", "config.SPLIT_K >= 0.75 *", "config.SPLIT_K >= 1.5 *", FEW.format("the_row")),

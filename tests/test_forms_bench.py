@@ -23,6 +23,7 @@ import workloads
 from forms_measure import EACH, ONE, UNFUSED, LaunchedBy, Way, ways
 
 import tpffn_triton as tp
+from tpffn_triton.backends import implementation
 from tpffn_triton.kernels.forward import DEPENDENT, FEW, FORMS, SINGLE, TWO
 
 pytestmark = pytest.mark.cpu_only
@@ -117,7 +118,7 @@ def test_a_form_that_the_tables_do_not_choose_has_its_rows() -> None:
 
 
 def test_launchers_are_put_back() -> None:
-    kernels = forms_measure.implementation("cpu")
+    kernels = implementation("cpu")
     before = dict(vars(kernels))
 
     def make():
