@@ -5,6 +5,8 @@ step()           compute
 step.outputs()   y, and in mode fwd_bwd dx, dw1, db1, dw2, db2
 """
 
+from collections.abc import Callable
+
 import torch
 from implementations import Forward, Group
 from torch import Tensor
@@ -78,22 +80,28 @@ def passes_of(forward: Forward, problem: Problem, group: Group) -> dict[str, Ste
     return {"forward": recorded, "backward": BackwardOf(recorded)}
 
 
+def captured(compute: Callable[[], None], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of compute, which has run before; reset drops its results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            reset()
+            compute()
+        reset()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+    return graph
+
+
 class CapturedStep(Step):
     """A step replayed as a CUDA graph, which owns its results: NaN at first, overwritten by each call."""
 
     def __init__(self, forward: Forward, problem: Problem, group: Group, mode: str) -> None:
         super().__init__(forward, problem, group, mode)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                super().reset()
-                super().__call__()
-            super().reset()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            super().__call__()
+        self.graph = captured(super().__call__, super().reset)
         self.captured = super().outputs()
         super().reset()
         for t in self.captured.values():

@@ -95,18 +95,28 @@ class Problem:
         return {"x": self.x, "w1": self.w1, "b1": self.b1, "w2": self.w2, "b2": self.b2}
 
 
+class Draws:
+    """Random tensors, one after another; the same numbers in every process with this device type."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator(device).manual_seed(SEED)
+
+    def normal(self, *size: int) -> Tensor:
+        """Draw from N(0, 1)."""
+        return torch.randn(size, generator=self.generator, device=self.device).to(self.dtype)
+
+    def uniform(self, fan_in: int, *size: int) -> Tensor:
+        """Draw from U(±1/√fan_in)."""
+        unit = torch.rand(size, generator=self.generator, device=self.device)
+        return unit.mul_(2).sub_(1).mul_(fan_in**-0.5).to(self.dtype)
+
+
 def draw(shape: Shape, dtype: str, activation: str, device: torch.device) -> Problem:
     """Return the full problem; the same numbers in every process with this device type."""
-    generator = torch.Generator(device).manual_seed(SEED)
+    draws = Draws(DTYPES[dtype], device)
+    normal, uniform = draws.normal, draws.uniform
     tokens = (shape.batch, shape.seq, shape.hidden)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).to(DTYPES[dtype])
-
-    def uniform(fan_in: int, *size: int) -> Tensor:
-        unit = torch.rand(size, generator=generator, device=device)
-        return unit.mul_(2).sub_(1).mul_(fan_in**-0.5).to(DTYPES[dtype])
-
     h, f = shape.hidden, shape.ffn
     width = halves(activation) * f
     return Problem(

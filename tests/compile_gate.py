@@ -2,6 +2,7 @@
 
     python tests/compile_gate.py --arch sm_90 [--kernel linear_act] [--all] [--jobs 4] [--json]
     python tests/compile_gate.py --also .cache/triton-3.6.0 --markdown docs/compiled.md
+    python tests/compile_gate.py --arch sm_90 --candidates candidates.json --json
 
 One line (or JSON object) a variant: registers, stack bytes, spills, shared memory, tensor-core and asynchronous-copy
 instructions of the K loop, atomics, and a verdict; or, in Markdown, one line a row. Exit status 1 when a row of an
@@ -16,14 +17,13 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from itertools import compress, product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from compile_inspect import COUNTING, COUNTING_SLICES, inspect_amd, inspect_nvidia
+from compile_pool import results
 from compile_report import ENFORCED, configurations, describe, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -171,6 +171,23 @@ def stands_for_its_row(variant: Variant) -> bool:
     return whole and variant.activation == activations_of(variant.kernel)[0] and variant.known in ("all", "none")
 
 
+def candidates(arch: str, path: Path) -> list[Variant]:
+    """Return a variant that stands for each {kernel, arithmetic, config} in a JSON list; config has Config's fields.
+
+    Raises: OSError, ValueError, KeyError, TypeError: not such a file.
+    """
+    found = []
+    for given in json.loads(path.read_text()):
+        kernel, arithmetic, config = given["kernel"], given["arithmetic"], Config(**given["config"])
+        if kernel not in KERNELS or arithmetic not in PRECISION:
+            raise ValueError(f"no kernel {kernel!r} in arithmetic {arithmetic!r}")
+        dtype = "bf16" if arithmetic == "16bit" else "fp32"
+        everything = OPTIONS.get(kernel, ())
+        activation = activations_of(kernel)[0]
+        found.append(Variant(arch, kernel, config, arithmetic, dtype, activation, "all", dtype, everything))
+    return found
+
+
 def signature(variant: Variant) -> tuple[dict, tuple]:
     """Return the argument types, and the arguments known to be multiples of 16."""
     function, blocks = SPECS[variant.kernel]
@@ -178,7 +195,8 @@ def signature(variant: Variant) -> tuple[dict, tuple]:
     sizes = {"M": config.BLOCK_M, "N": config.BLOCK_N, "K": config.BLOCK_K, "n": config.STORED_N}
     stored = variant.output.removesuffix(" +=")
     dtypes = dict.fromkeys(("dw", "dw1", "dw2", "db1_ptr", "db2_ptr", "out", "y"), stored)
-    dtypes |= {"db_partial_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32"}
+    dtypes |= {"db_partial_ptr": "fp32", "counters_ptr": "i32"}
+    dtypes["partial_ptr"] = "fp32" if config.SPLIT_K > 1 else stored  # y in its place where nothing is sliced
     types, divisible = {}, []
     for name in function.arg_names:
         dtype = dtypes.get(name, variant.dtype)
@@ -213,14 +231,25 @@ def compile_variant(variant: Variant):
     values |= {"HAS_DEPENDENT": variant.arch in DEPENDENT_LAUNCHES}
     if variant.activation:
         values["ACTIVATION"] = kernel_activation(variant.activation, ITEMSIZE[variant.dtype])
+    constants = {name: values[name] for name, kind in types.items() if kind == "constexpr"}
+    attrs = {name: [["tt.divisibility", 16]] for name in divisible}
+    # Constants without attributes, listed as Triton's JIT does (3.6: texts alone): a launch then finds in the cache
+    # what was compiled here.
+    all_listed = not triton.__version__.startswith("3.6.")
+    attrs |= {name: [] for name, value in constants.items() if all_listed or isinstance(value, str)}
     source = ASTSource(
         fn=function,
         signature=types,
-        constexprs={name: values[name] for name, kind in types.items() if kind == "constexpr"},
-        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        constexprs=constants,
+        attrs={(function.arg_names.index(name),): of_name for name, of_name in attrs.items()},
     )
     options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
     return compile(source, target=TARGETS[variant.arch], options=options)
+
+
+def _described(variant: Variant) -> dict:
+    config = describe(variant.config, variant.known == "all")
+    return variant._asdict() | {"config": config, "triton": triton.__version__}
 
 
 def counts_of(variant: Variant) -> dict[str, int]:
@@ -234,7 +263,7 @@ def check(variant: Variant) -> dict:
     """Compile and inspect one variant."""
     aligned = variant.known == "all"
     counting = counts_of(variant)
-    row = variant._asdict() | {"config": describe(variant.config, aligned), "triton": triton.__version__}
+    row = _described(variant)
     try:
         compiled = compile_variant(variant)
     except Exception as error:  # a compiler that gives up is a finding, not a crash of the gate
@@ -249,6 +278,13 @@ def check(variant: Variant) -> dict:
     else:
         report = inspect_amd(compiled, variant.arch, counting)
     return row | report
+
+
+def check_all(jobs: list[Variant], workers: int) -> list[dict]:
+    """Compile and inspect variants in parallel."""
+    reports = results(check, jobs, workers)
+    died = {"problems": ["the compiler took its process with it"]}
+    return [reports[job] if job in reports else _described(job) | died for job in jobs]
 
 
 def check_column_sum(arch: str) -> dict:
@@ -286,17 +322,24 @@ def main() -> int:
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all; may be repeated")
     parser.add_argument("--all", action="store_true", help="every row with every activation, dtype and form")
     parser.add_argument("--brief", action="store_true", help="one of each row, in a fifth of the time")
+    instead = "a JSON list of {kernel, arithmetic, config}: compile each once, instead of the tables' rows"
+    parser.add_argument("--candidates", metavar="FILE", type=Path, help=instead)
     parser.add_argument("--also", metavar="FOLDER", help="repeat everything with the triton in this folder")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a summary, one line a row")
     args = parser.parse_args()
     arches, kernels = args.arch or list(TARGETS), args.kernel or list(KERNELS)
-    jobs = [job for arch in arches for kernel in kernels for job in variants(arch, kernel, args.all)]
-    jobs = [job for job in jobs if not args.brief or stands_for_its_row(job)]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
-        rows = list(pool.map(check, jobs))
-    if not args.kernel:
+    if args.candidates:
+        try:
+            jobs = [job for arch in arches for job in candidates(arch, args.candidates) if job.kernel in kernels]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--candidates {args.candidates}: {type(error).__name__}: {error}")
+    else:
+        jobs = [job for arch in arches for kernel in kernels for job in variants(arch, kernel, args.all)]
+        jobs = [job for job in jobs if not args.brief or stands_for_its_row(job)]
+    rows = check_all(jobs, args.jobs)
+    if not args.kernel and not args.candidates:
         rows += [check_column_sum(arch) for arch in arches]
     if args.also:
         rows += check_with(args.also, args)
