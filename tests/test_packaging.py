@@ -35,6 +35,8 @@ NOT_SOURCE = (
     "build",
     "dist",
 )
+# What bench/tune.py would write for some GPU.
+MEASURED = "NVIDIA-Somewhere.json"
 WHERE = """\
 import json, kernels, tpffn_triton.kernels.linear_act as ours
 print(json.dumps([kernels.__file__, ours.__file__, hasattr(kernels, "get_kernel")]))
@@ -64,6 +66,9 @@ def dist(tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel, built from a copy: building leaves files in the source tree."""
     folder = tmp_path_factory.mktemp("packaging")
     shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    tuned = folder / "tree" / "kernels" / "tuned" / MEASURED
+    tuned.parent.mkdir(exist_ok=True)
+    tuned.write_text("{}")
     for kind in ("--sdist", "--wheel"):
         run(
             "-m",
@@ -107,7 +112,7 @@ def check_wheel(wheel: Path) -> None:
         for name, path in sources.items():
             assert archive.read(name) == path.read_bytes()
             assert not stat.S_ISLNK(archive.getinfo(name).external_attr >> 16)
-        assert "tpffn_triton/py.typed" in names
+        assert {"tpffn_triton/py.typed", f"tpffn_triton/kernels/tuned/{MEASURED}"} <= names
         (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata_name).decode())
     assert metadata["Version"] == tpffn_triton.__version__
