@@ -1,7 +1,12 @@
-"""One tile configuration: the constants of a compiled variant of a kernel."""
+"""The kernels that are configured, and one tile configuration: the constants of a compiled variant of a kernel."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+
+PLAIN_GEMMS = ("linear", "dgrad", "wgrad", "weight_grads")
+_OF_ACTIVATIONS = ("ffn", "few_tokens", "linear_act", "linear_dact")
+KERNELS = (*_OF_ACTIVATIONS, *(f"gated_{kernel}" for kernel in _OF_ACTIVATIONS), *PLAIN_GEMMS)
+ARITHMETICS = ("16bit", "tf32", "ieee")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from . import _tuned
-from ._config import Config
+from ._config import KERNELS, PLAIN_GEMMS, Config
 
 
 def _tma(m, n, k, warps, stages, split=False):
@@ -30,16 +30,11 @@ def _few(m, n, k, warps, stages, slices, prefetched=0, tma=True):
     return Config(m, n, k, warps, stages, USE_TMA=tma, SPLIT_K=slices, PREFETCH_K=prefetched)
 
 
-_PLAIN_GEMMS = ("linear", "dgrad", "wgrad", "weight_grads")
-_OF_ACTIVATIONS = ("ffn", "few_tokens", "linear_act", "linear_dact")
-KERNELS = (*_OF_ACTIVATIONS, *(f"gated_{kernel}" for kernel in _OF_ACTIVATIONS), *_PLAIN_GEMMS)
-
-
 def _table(
     ffn, gated_ffn, linear_act, linear_dact, gated_act, gated_dact, gemm, tf32, few=(), gated_few=()
 ) -> dict[tuple[str, str], tuple[Config, ...]]:
     ieee = (_ptr(64, 64, 32, 8, 2), _ptr(32, 32, 32, 4, 3))
-    sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(_PLAIN_GEMMS, gemm)
+    sixteen_bit = {"linear_act": linear_act, "linear_dact": linear_dact} | dict.fromkeys(PLAIN_GEMMS, gemm)
     sixteen_bit |= {"ffn": ffn, "gated_ffn": gated_ffn, "gated_linear_act": gated_act, "gated_linear_dact": gated_dact}
     rows = {(kernel, "16bit"): configs for kernel, configs in sixteen_bit.items()}
     few_tokens = {"few_tokens": few, "gated_few_tokens": gated_few}
@@ -52,6 +47,25 @@ def _table(
     }
 
 
+_FEW_BY_TMA = (
+    _few(16, 64, 128, 4, 4, 1, 256),
+    _few(16, 32, 128, 4, 5, 1, 512),
+    _few(16, 32, 128, 4, 5, 4, 512),
+    _few(32, 64, 128, 4, 4, 1, 256),
+    _few(32, 64, 128, 4, 4, 2, 256),
+    _few(32, 32, 128, 4, 4, 4, 512),
+    _few(64, 128, 64, 4, 4, 1, 256),
+    _few(64, 128, 64, 4, 4, 4, 256),
+    _few(64, 64, 64, 4, 4, 8, 256),
+)
+_GATED_FEW_BY_TMA = (
+    _few(16, 32, 128, 4, 4, 1, 512),
+    _few(16, 32, 128, 4, 4, 4, 512),
+    _few(32, 32, 128, 4, 4, 1, 512),
+    _few(32, 32, 128, 4, 4, 4, 512),
+    _few(64, 64, 64, 4, 4, 1, 256),
+    _few(64, 64, 64, 4, 4, 4, 256),
+)
 TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
     "sm_80": _table(
         ffn=(_ptr(128, 128, 32, 8, 4), _ptr(64, 64, 64, 4, 3)),
@@ -103,25 +117,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
             _tma(64, 64, 64, 4, 4),
         ),
         tf32=(_ptr(64, 64, 32, 4, 3),),
-        few=(
-            _few(16, 64, 128, 4, 4, 1, 256),
-            _few(16, 32, 128, 4, 5, 1, 512),
-            _few(16, 32, 128, 4, 5, 4, 512),
-            _few(32, 64, 128, 4, 4, 1, 256),
-            _few(32, 64, 128, 4, 4, 2, 256),
-            _few(32, 32, 128, 4, 4, 4, 512),
-            _few(64, 128, 64, 4, 4, 1, 256),
-            _few(64, 128, 64, 4, 4, 4, 256),
-            _few(64, 64, 64, 4, 4, 8, 256),
-        ),
-        gated_few=(
-            _few(16, 32, 128, 4, 4, 1, 512),
-            _few(16, 32, 128, 4, 4, 4, 512),
-            _few(32, 32, 128, 4, 4, 1, 512),
-            _few(32, 32, 128, 4, 4, 4, 512),
-            _few(64, 64, 64, 4, 4, 1, 256),
-            _few(64, 64, 64, 4, 4, 4, 256),
-        ),
+        few=_FEW_BY_TMA,
+        gated_few=_GATED_FEW_BY_TMA,
     ),
     "sm_100": _table(
         ffn=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
@@ -132,25 +129,8 @@ TABLES: dict[str, dict[tuple[str, str], tuple[Config, ...]]] = {
         gated_dact=(_tma(128, 128, 64, 8, 3, split=True), _tma(64, 64, 64, 4, 4, split=True)),
         gemm=(_tma(128, 128, 64, 8, 3, split=True), _tma(128, 64, 64, 4, 4)),
         tf32=(_ptr(64, 64, 32, 4, 3),),
-        few=(
-            _few(16, 64, 128, 4, 4, 1, 256),
-            _few(16, 32, 128, 4, 5, 1, 512),
-            _few(16, 32, 128, 4, 5, 4, 512),
-            _few(32, 64, 128, 4, 4, 1, 256),
-            _few(32, 64, 128, 4, 4, 2, 256),
-            _few(32, 32, 128, 4, 4, 4, 512),
-            _few(64, 128, 64, 4, 4, 1, 256),
-            _few(64, 128, 64, 4, 4, 4, 256),
-            _few(64, 64, 64, 4, 4, 8, 256),
-        ),
-        gated_few=(
-            _few(16, 32, 128, 4, 4, 1, 512),
-            _few(16, 32, 128, 4, 4, 4, 512),
-            _few(32, 32, 128, 4, 4, 1, 512),
-            _few(32, 32, 128, 4, 4, 4, 512),
-            _few(64, 64, 64, 4, 4, 1, 256),
-            _few(64, 64, 64, 4, 4, 4, 256),
-        ),
+        few=_FEW_BY_TMA,
+        gated_few=_GATED_FEW_BY_TMA,
     ),
     "gfx942": _table(
         ffn=(_ptr(128, 128, 32, 8, 2), _ptr(64, 64, 32, 4, 2)),

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 _LEAST = 1024  # counters of a stream at first; more when M wants them
-_RESERVE = 1 << 18  # counters allocated at once: 1 MiB
+_RESERVE = 1 << 19  # counters allocated at once: 2 MiB
 _LINE = 32  # counters in the 128 bytes that L2 works on
 
 _of_stream: dict[tuple[torch.device, int], torch.Tensor] = {}

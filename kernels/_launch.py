@@ -32,8 +32,8 @@ def prepared_once(prepare: Callable) -> Any:
 
 
 def load_tuning(path: str | Path) -> str:
-    """Let a file that bench/tune.py wrote choose tiles on its GPU, before what the package has measured there and
-    before its tables, from the next call on; returns the GPU's name.
+    """Let a file that bench/tune.py wrote choose tiles on its GPU before the tables, and at its own sizes before what
+    the package has measured there, from the next call on; returns the GPU's name.
 
     Raises: ValueError: not such a file, another version of Triton, a value out of range (the message shows it).
     OSError: it cannot be read.
@@ -56,7 +56,12 @@ class Operand(NamedTuple):
 
 def signature(t: torch.Tensor | None) -> tuple | None:
     """Return the fields of t's `Operand`, as the key of a cache: a plain tuple, which is faster to make."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+    if t is None:
+        return None
+    shape, strides = t.shape, t.stride()
+    if shape[0] == 1 and len(shape) == 2:
+        strides = (shape[1], strides[1])  # a single row has no stride, whatever torch says: it may choose nothing
+    return shape, strides, t.dtype, t.device, t.data_ptr() % 16
 
 
 def fresh(rows: int, cols: int, like: Operand, dtype: torch.dtype | None = None) -> Operand:

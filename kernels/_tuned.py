@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from ._config import Config
+from ._config import ARITHMETICS, KERNELS, Config
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "tuned"
@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[str, tuple[Measured, ...]]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f'expected an object with "schema": {SCHEMA}')
@@ -89,20 +89,21 @@ def _measured(row: Any, where: str) -> Measured:
         sizes = tuple(row[name] for name in ("rows", "cols", "inner"))
     except (KeyError, TypeError):
         raise ValueError(f"a row lacks a field: {str(row)[:200]}") from None
-    whole = all(type(size) is int and 0 < size < 2**31 for size in sizes)
-    if not whole or not all(isinstance(name, str) for name in (kernel, arithmetic)):
-        raise ValueError(f"sizes must be positive integers and names text: {str(row)[:200]}")
+    if kernel not in KERNELS or arithmetic not in ARITHMETICS:
+        raise ValueError(f"no kernel {str(kernel)[:40]!r} in arithmetic {str(arithmetic)[:40]!r}")
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        raise ValueError(f"sizes must be positive integers: {str(row)[:200]}")
     if type(us) not in (int, float) or not 0 < us < 1e9:
         raise ValueError(f"us must be a time in microseconds, got {us!r}")
     if config is None and kernel not in TORCH_INSTEAD:
         raise ValueError(f"torch has no {kernel}: config must not be null")
     by = "torch's GEMM, " if config is None else ""
     origin = f"{by}{us:.4g} µs at {'×'.join(map(str, sizes))} on {where}"
-    return Measured(kernel, arithmetic, sizes, None if config is None else _config(config, origin), origin)
+    return Measured(kernel, arithmetic, sizes, None if config is None else _config(kernel, config, origin), origin)
 
 
-def _config(values: Any, origin: str) -> Config:
-    """Return the configuration. Raises: ValueError: a field missing, unknown or out of range."""
+def _config(kernel: str, values: Any, origin: str) -> Config:
+    """Return the configuration. Raises: ValueError: a field missing, unknown, out of range or not of this kernel."""
     names = {field.name for field in fields(Config)} - {"origin"}
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(f"config must have the fields {', '.join(sorted(names))}, got {str(values)[:200]}")
@@ -112,11 +113,23 @@ def _config(values: Any, origin: str) -> Config:
             raise ValueError(f"{name} must be {type(low).__name__} from {low} to {high}, got {value!r}")
         if name in _POWERS_OF_TWO and value & (value - 1):
             raise ValueError(f"{name} must be a power of two, got {value}")
-    return Config(**values, origin=origin)
+    config, few = Config(**values, origin=origin), kernel.endswith("few_tokens")
+    wrong = {
+        "SPLIT_K and PREFETCH_K are of few_tokens": not few and (config.SPLIT_K, config.PREFETCH_K) != (1, 0),
+        "few_tokens takes BLOCK_M up to 64, PREFETCH_K 0 or a power of two from 64 on": few
+        and (config.BLOCK_M > 64 or config.PREFETCH_K & (config.PREFETCH_K - 1) or 0 < config.PREFETCH_K < 64),
+        "it has no split epilogue": config.SPLIT_EPILOGUE and (few or kernel in ("gated_ffn", "gated_linear_act")),
+        "BLOCK_M must be a multiple of 32": kernel.endswith("linear_dact") and config.BLOCK_M % 32,
+    }
+    for rule, broken in wrong.items():
+        if broken:
+            raise ValueError(f"{kernel}: {rule}, got {config.meta}")
+    return config
 
 
 def load(path: Path) -> str:
-    """Put a file's measurements before those that there are of its GPU; returns its name.
+    """Add a file's measurements to those that there are of its GPU; of two at the same sizes the newer counts. Returns
+    the GPU's name.
 
     Raises: ValueError, OSError: as `read`.
     """

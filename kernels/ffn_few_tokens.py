@@ -70,7 +70,7 @@ def is_last_slice(counter_ptr, SPLIT_K: tl.constexpr, USE_TMA: tl.constexpr):
     """Count a slice that this program has stored, once all of its threads have; say whether all are stored, and
     visible. The last sets the counter back."""
     if USE_TMA:
-        # Slices are not read by TMA; but what is published here and what is published as act, no one has to tell apart.
+        # Slices are read through pointers and need none; but the lint of the PTX cannot tell them from act.
         fence_async_proxy()
     # Triton 3.6 and 3.7 put one before acq_rel by themselves, and 3.6 none before a release: not to be relied on.
     tl.debug_barrier()
@@ -187,7 +187,7 @@ def few_tokens_kernel(
         first_k = part * length
         end_k = tl.minimum(first_k + length, N)
         if PREFETCH_K > 0:
-            prefetch_rows(w2_ptr, tile_n * BLOCK_N, H, first_k, N, stride_w2, BLOCK_N, PREFETCH_K)
+            prefetch_rows(w2_ptr, tile_n * BLOCK_N, H, first_k, end_k, stride_w2, BLOCK_N, PREFETCH_K)
         wait_for_tiles(ready_ptr, act_tiles, USE_TMA)
         acc = gemm_tile(
             act, w2, 0, tile_n, M, H, first_k, end_k, N, stride_w2,
@@ -243,7 +243,7 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
         },
     )
     slices = tiles * config.SPLIT_K * (1 + gated) if config.SPLIT_K > 1 else 0
-    return M, N, W, H, slices * config.BLOCK_M * config.BLOCK_N, 2 + tiles, launch
+    return M, N, W, H, slices * config.BLOCK_M * config.BLOCK_N, 2 + tiles * (config.SPLIT_K > 1), launch
 
 
 def ffn_few_tokens(

@@ -83,8 +83,9 @@ def forward_form(
     few = few_tokens_config(x, w1, w2, activation, asked)
     if few is not None:
         return Choice(FEW, few, f"{M} tokens are one tile of {few.BLOCK_M} rows")
+    # By the tables' tiles: a measured row says which tiles are best in one launch, not that one launch is.
+    tiles = grid(configuration(f"{gated}ffn", None, M, N, K, *matrices, arch=arch), M, N)[0]
     config = configuration(f"{gated}ffn", None, M, N, K, *matrices, arch=asked)
-    tiles = grid(config, M, N)[0]
     one, load = _configs.in_one_launch(arch, tiles)
     why = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors, {load}"
     if one:

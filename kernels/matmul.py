@@ -180,7 +180,7 @@ def wgrad_kernel(
 
 class TorchGEMM:
     """torch's own GEMM (cuBLAS), where it was measured to be faster: called as a `Launch` of matmul_kernel or, with
-    trans_a, of wgrad_kernel is."""
+    trans_a, of wgrad_kernel is. How it sums is cuBLAS's and torch.backends.cuda.matmul's affair."""
 
     def __init__(self, trans_a: bool, trans_b: bool, has_bias: bool = False) -> None:
         self.trans_a, self.trans_b, self.has_bias = trans_a, trans_b, has_bias

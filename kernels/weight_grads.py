@@ -144,8 +144,11 @@ def form_of(
         return Form(None, f"dw1 is {dw1.dtype}, dw2 {dw2.dtype}")
     asked, arch = arch, arch or _configs.arch_of(d_pre.device)
     # dw1 and dw2.T side by side: together they fill the GPU.
-    row = configuration("weight_grads", config, W + F, H, M, d_pre, x, dy, act, dw1, dw2, arch=asked)
-    tiles = max(grid(row, W, H)[0], grid(row, H, F)[0])
+    operands = d_pre, x, dy, act, dw1, dw2
+    row = configuration("weight_grads", config, W + F, H, M, *operands, arch=asked)
+    # By the tables' tiles, as in forward.py.
+    counted = configuration("weight_grads", config, W + F, H, M, *operands, arch=arch)
+    tiles = max(grid(counted, W, H)[0], grid(counted, H, F)[0])
     size = f"{tiles} tiles of the larger gradient on {PROCESSORS[arch]} processors"
     if config is not None:
         return Form(config, f"asked for; {size}")

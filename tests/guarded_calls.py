@@ -22,6 +22,7 @@ from tpffn_triton import interpreter
 from tpffn_triton.kernels._configs import Config
 from tpffn_triton.kernels.activations import halves
 from tpffn_triton.kernels.column_sum import column_sum
+from tpffn_triton.kernels.ffn_few_tokens import ffn_few_tokens
 from tpffn_triton.kernels.ffn_single_launch import ffn_single_launch
 from tpffn_triton.kernels.linear_act import linear_act
 from tpffn_triton.kernels.linear_dact import linear_dact
@@ -84,16 +85,19 @@ def main() -> None:
                 gradients = weight_grads(d_pre, x, dy, act, db_partial, dy)
                 accumulated = randn(K, K, dtype=torch.float32).zero_()
                 wgrad_accumulate(accumulated, dy, x)
-                y, hidden, pre_act = ffn_single_launch(x, w1, b1, w2, b2, activation, True)
+                ffns = [ffn_single_launch(x, w1, b1, w2, b2, activation, True)]
+                slices = Config(64, 32, 32, 4, 2, USE_TMA=M == 40, SPLIT_K=2, PREFETCH_K=64)
+                ffns.append(ffn_few_tokens(x, w1, b1, w2, b2, activation, True, slices))
                 torch.Tensor.new_empty = new_empty
-                outputs += [(accumulated, (dy.t() @ x).float()), (pre_act, F.linear(x, w1, b1))]
-                outputs.append((y, F.linear(hidden, w2, b2)))
+                outputs.append((accumulated, (dy.t() @ x).float()))
+                for y, hidden, pre_act in ffns:
+                    outputs += [(pre_act, F.linear(x, w1, b1)), (y, F.linear(hidden, w2, b2))]
                 expected = (d_pre.t() @ x, dy.t() @ act, db_partial.sum(0), dy.sum(0))
                 outputs += zip(gradients, expected, strict=True)
                 tolerance = 1e-4 if dtype == torch.float32 else 0.3
                 for ours, eager in outputs:
                     torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
-                calls += 9
+                calls += 10
     for beside in _surroundings:
         assert (beside == PATTERN).all(), "written beside an operand"
     if "--overrun" in sys.argv:

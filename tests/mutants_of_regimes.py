@@ -43,6 +43,12 @@ MUTANTS = {
         ),
     ],
     "kernels/_launch.py": [
+        (
+            "tiles by the stride of a single row",
+            "if shape[0] == 1 and len(shape) == 2:",
+            "if False:",
+            INVARIANT.format("single_row"),
+        ),
         ("a loaded file not used for prepared launches", "kept.cache_clear()", "pass", TUNED.format("comes_first")),
     ],
     "kernels/_configs.py": [
@@ -101,9 +107,21 @@ MUTANTS = {
             "fixed = None",
             INVARIANT.format("'bits_of_a_token and triton and bfloat16'"),
         ),
+        (
+            "measured tiles that choose the form",
+            "*matrices, arch=arch), M, N)[0]",
+            "*matrices, arch=asked), M, N)[0]",
+            TUNED.format("change_the_form"),
+        ),
         ("dependent launch that waits for torch", "if faster is not None:", "if False:", TUNED.format("explain_names")),
     ],
     "tpffn_triton/native.py": [
+        (
+            "y a view of padded rows",
+            "torch.cat([*parts[:-1], parts[-1][:last]])",
+            "torch.cat(parts)[:tokens]",
+            INVARIANT.format("in_place"),
+        ),
         (
             "one GEMM for all tokens",
             "padded.split(ROWS_OF_A_BLOCK)",

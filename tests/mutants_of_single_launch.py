@@ -113,6 +113,14 @@ MUTANTS = {
             FEW.format("exact"),
         ),
         ("b2 dropped for few tokens", "        if HAS_B2:\n", "        if False:\n", FEW.format("exact")),
+        ("w2 prefetched past its rows", "BLOCK_N), rows - 1)", "BLOCK_N), rows + 9)", FEW.format("prefetched")),
+        ("w2 prefetched past its slice", "* STEP, cols - 1)", "* STEP, cols + 99)", FEW.format("prefetched")),
+        (
+            "w2 prefetched from its first column",
+            "H, first_k, end_k, stride_w2",
+            "H, 0, end_k, stride_w2",
+            FEW.format("prefetched"),
+        ),
         (
             "few tokens that are too many",
             "if config.BLOCK_M < M:",

@@ -77,8 +77,8 @@ MUTANTS = {
         ("one launch for gradients of two dtypes", "if dw1.dtype != dw2.dtype:", "if False:", FORM),
         (
             "strides of act not looked at",
-            "W + F, H, M, d_pre, x, dy, act, dw1",
-            "W + F, H, M, d_pre, x, dy, dw1",
+            "operands = d_pre, x, dy, act, dw1",
+            "operands = d_pre, x, dy, dw1",
             TESTS.format("apart_misaligned"),
         ),
         (

@@ -13,7 +13,7 @@ import tpffn_triton as tp
 from tpffn_triton import interpreter
 from tpffn_triton.huggingface import parallelize
 from tpffn_triton.kernels._configs import MOST_WAVES, TABLES, batch_invariant
-from tpffn_triton.kernels._launch import Operand
+from tpffn_triton.kernels._launch import Operand, signature
 from tpffn_triton.kernels.forward import SINGLE, TWO, forward_form
 from tpffn_triton.parallel_style import FusedFFNParallel
 
@@ -70,6 +70,32 @@ def test_where_x_lies_does_not_matter(device):
     shifted = torch.empty(9 * H + 1, dtype=torch.bfloat16, device=device)[1:].view(9, H).copy_(problem.x)
     for x in (wide[:, 1:], shifted, problem.x.view(3, 3, H)):
         assert torch.equal(tp.ffn(x, *weights, batch_invariant=True).view(9, H), y)
+
+
+def test_a_single_row_has_no_stride(device):
+    """Torch gives a view of one row whatever stride it was cut with: it may choose no other tiles."""
+    x = torch.zeros(1, 65, dtype=torch.bfloat16, device=device)[:, :64]
+    assert x.stride() == (65, 1)
+    assert x.is_contiguous()
+    w1, w2 = torch.zeros(128, 64), torch.zeros(64, 128)
+    operands = [Operand(*signature(t.to(device, torch.bfloat16))) for t in (x, w1, w2)]
+    own = Operand(*signature(x.clone(memory_format=torch.contiguous_format)))
+    for invariant in (False, True):
+        assert forward_form(*operands, "gelu", "sm_90", invariant) == forward_form(
+            own, *operands[1:], "gelu", "sm_90", invariant
+        )
+
+
+@pytest.mark.parametrize("M", [3, 32])
+@pytest.mark.usefixtures("implementation")
+def test_y_may_be_modified_in_place(M, device):
+    problem = draw((M,), H, F, device=device)
+    x = problem.x.requires_grad_()
+    y = tp.ffn(x, *problem.leaves()[1:], batch_invariant=True)
+    y += x
+    y.sum().backward()
+    assert x.grad is not None
+    assert y.untyped_storage().nbytes() == y.nbytes
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -17,6 +17,7 @@ from kernel_cases import (
     rows_of,
     running,
 )
+from triton.runtime.interpreter import InterpreterBuilder
 
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _counters
@@ -102,6 +103,37 @@ def test_launches_leave_the_counters_at_zero(device):
         config = replace(ROW, SPLIT_K=slices)
         assert_same(ffn_few_tokens(*args, "gelu", True, config), ffn_few_tokens(*args, "gelu", True, config))
         assert not any(kept.any() for kept in _counters._of_stream.values())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("slices", [1, 4])
+def test_what_is_prefetched(slices, monkeypatch):
+    """Each program of stage 2: whole lines from the start of its slice of its rows of w2, nothing outside of them."""
+    found = []
+    inline_asm = InterpreterBuilder.create_inline_asm
+
+    def recorded(self, asm, constraints, values, *args):
+        if asm.startswith("prefetch"):
+            found.append(values[0].data.astype("int64"))
+        return inline_asm(self, asm, constraints, values, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", recorded)
+    N, H_ = 320, 48
+    args = ffn_operands(randn, (5, 64, N, H_), "gelu", torch.bfloat16, "cpu")
+    wide = torch.zeros(H_, N + 64, dtype=torch.bfloat16)
+    wide[:, :N] = args[3]
+    args[3] = wide[:, :N]
+    ffn_few_tokens(*args, "gelu", False, replace(ROW, SPLIT_K=slices, PREFETCH_K=128))
+    assert len(found) == 2 * slices, "a program for each of two tiles of y and each slice"
+    length = -(-N // (32 * slices)) * 32
+    for number, addresses in enumerate(found):
+        tile, part = divmod(number, slices)
+        offsets = (addresses - args[3].data_ptr()) // 2
+        rows, cols = offsets // (N + 64), offsets % (N + 64)
+        assert addresses.shape == (32, 2)
+        assert {*rows.ravel().tolist()} == {*range(32 * tile, min(32 * tile + 32, H_))}
+        end = min((part + 1) * length, N)
+        assert {*cols.ravel().tolist()} == {min(part * length + step, end - 1) for step in (0, 64)}
 
 
 def test_rejected(device):

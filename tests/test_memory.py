@@ -36,7 +36,7 @@ def test_guard_pages(edge):
     script = Path(__file__).with_name("guarded_calls.py")
     result = subprocess.run([sys.executable, script, edge], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, f"exit {result.returncode}: {result.stdout[-500:]}{result.stderr[-2000:]}"
-    assert "72 calls" in result.stdout
+    assert "80 calls" in result.stdout
 
 
 @pytest.mark.cpu_only

@@ -14,8 +14,9 @@ import tpffn_triton as tp
 from tpffn_triton import interpreter
 from tpffn_triton.kernels import _configs, _launch, _tuned, matmul
 from tpffn_triton.kernels._config import Config
+from tpffn_triton.kernels._configs import MOST_WAVES, PROCESSORS
 from tpffn_triton.kernels._launch import Operand
-from tpffn_triton.kernels.forward import DEPENDENT, TWO, forward_form
+from tpffn_triton.kernels.forward import DEPENDENT, SINGLE, TWO, forward_form
 from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad
 
 pytestmark = pytest.mark.cpu_only
@@ -127,6 +128,26 @@ WRONG = {
     "no device": ({"device": None}, "device, triton and date must be text"),
     "no rows": ({"rows": {}}, "rows must be a list, got dict"),
     "a row without a kernel": ({"rows": [{"rows": 1}]}, "a row lacks a field"),
+    "an unknown kernel": ({"rows": [row("linaer")]}, "no kernel 'linaer' in arithmetic '16bit'"),
+    "an unknown arithmetic": ({"rows": [row(arithmetic="8bit")]}, "no kernel 'linear' in arithmetic '8bit'"),
+    "too deep": ("[" * 100_000, "not JSON"),
+    "slices of another kernel": (
+        {"rows": [row(config=config_of(SPLIT_K=2))]},
+        "SPLIT_K and PREFETCH_K are of few_tokens",
+    ),
+    "a prefetch of no line": (
+        {"rows": [row("few_tokens", config=config_of(PREFETCH_K=32))]},
+        "PREFETCH_K 0 or a power",
+    ),
+    "few tokens in a tall tile": (
+        {"rows": [row("few_tokens", config=config_of(BLOCK_M=128))]},
+        "takes BLOCK_M up to 64",
+    ),
+    "a split epilogue, gated": (
+        {"rows": [row("gated_ffn", config=config_of(SPLIT_EPILOGUE=True))]},
+        "no split epilogue",
+    ),
+    "half a row of partial sums": ({"rows": [row("linear_dact", config=config_of(BLOCK_M=16))]}, "multiple of 32"),
     "sizes that are none": ({"rows": [row(sizes=(0, 1, 1))]}, "sizes must be positive integers"),
     "no time": ({"rows": [row(us=-1)]}, "us must be a time in microseconds, got -1"),
     "torch for what it does not have": ({"rows": [row("ffn")]}, "torch has no ffn"),
@@ -160,6 +181,16 @@ def test_another_gpus_file_is_ignored(write, on_a_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
     with pytest.warns(UserWarning, match="measured on 'NVIDIA H200'"):
         assert _configs.select("linear", of(1, 1), 4096, 8192, 3584).origin == "compiles"
+
+
+def test_measured_tiles_do_not_change_the_form(write, on_a_gpu):
+    """528 tiles of 128×128, the tables' at this size, are one launch; as many tokens in 128×64 would be two."""
+    M = 128 * MOST_WAVES["sm_90"] * PROCESSORS["sm_90"]
+    operands = of(M, 64), of(128, 64), of(64, 128)
+    assert forward_form(*operands, "gelu").form == SINGLE
+    tp.load_tuning(write([row("ffn", (M, 128, 64), config_of(BLOCK_M=128, BLOCK_N=64))]))
+    choice = forward_form(*operands, "gelu")
+    assert (choice.form, choice.config.BLOCK_N) == (SINGLE, 64)
 
 
 def test_every_field_has_its_range():

@@ -93,8 +93,16 @@ def _by_blocks(x: Tensor, *args) -> tuple[Tensor, Tensor | None]:
     blocks = max(1, -(-tokens // ROWS_OF_A_BLOCK))
     padded = x.new_zeros((blocks * ROWS_OF_A_BLOCK, x.shape[1]))
     padded[:tokens] = x
-    ys, kept = zip(*(ffn_forward(block, *args) for block in padded.split(ROWS_OF_A_BLOCK)), strict=True)
-    return torch.cat(ys)[:tokens], None if kept[0] is None else torch.cat(kept)[:tokens].contiguous()
+    results = [ffn_forward(block, *args) for block in padded.split(ROWS_OF_A_BLOCK)]
+    last = tokens - (blocks - 1) * ROWS_OF_A_BLOCK
+
+    def joined(parts: list) -> Tensor | None:
+        # Never a view: y may be modified in place, and what is kept should keep no more alive.
+        return None if parts[0] is None else torch.cat([*parts[:-1], parts[-1][:last]])
+
+    y, kept = (joined([*parts]) for parts in zip(*results, strict=True))
+    assert y is not None
+    return y, kept
 
 
 def linear_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
