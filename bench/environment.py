@@ -4,6 +4,7 @@ The ceilings, dense TFLOP/s and TB/s of memory, are tpffn_triton/presets.py's.
 """
 
 import datetime
+import hashlib
 import os
 import platform
 import re
@@ -79,6 +80,14 @@ def _megatron_core() -> str | None:
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Return package → its version, None where it is not installed; of megatron-core the one that is imported."""
     return {package: _megatron_core() if package == "megatron-core" else _version(package) for package in packages}
+
+
+def kernels_digest() -> str:
+    """Return a digest of the kernels' sources, which may be changed without a commit."""
+    digest = hashlib.sha256()
+    for path in sorted((checkout.ROOT / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe(rank: Rank) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     backward   d_preᵀ [F, M] = (w2ᵀ dyᵀ) ⊙ GELU', and db1 as its sums over tokens, epilogue DGELU_BGRAD
 
 Transposed, because cuBLASLt adds its bias along the rows of a result whose columns are contiguous: hᵀ by columns is
-h [M, F] by rows, nothing is moved. The other GEMMs are torch's. A Matmul is planned once for each shape, by cuBLASLt's
-first heuristic, and gets its operands at each call: the host's time for that is nvmath's own.
+h [M, F] by rows, nothing is moved. The other GEMMs are torch's. A Matmul is planned once for each shape, the fastest of
+cuBLASLt's heuristics, and gets its operands at each call: the host's time for that is nvmath's own.
 
 Source: nvmath-python 0.8, linalg/advanced/matmulmod.py and linalg/_internal/epilog_protocol.py; example13.
 """
@@ -38,6 +38,7 @@ class PlannedMatmul:
             advanced = importlib.import_module(MODULE)
             matmul = advanced.Matmul(a, b)
             matmul.plan(epilog=getattr(advanced.MatmulEpilog, self.epilog), epilog_inputs=inputs)
+            matmul.autotune()
             self.planned[key] = matmul
         return self.planned[key].execute()
 

@@ -8,6 +8,9 @@ import checkout  # noqa: F401
 import tables
 from tables import Row
 
+# Of a key: where and with what; kernels is a digest of their sources, which may be changed without a commit.
+SAME = ("device", "torch", "triton", "kernels", "quick", "commit")
+
 
 @dataclass(frozen=True)
 class Key:
@@ -23,6 +26,10 @@ class Key:
     run: str
     l2: str
     device: str
+    torch: str
+    triton: str
+    kernels: str
+    quick: bool
     commit: str | None
 
     @classmethod
@@ -60,10 +67,11 @@ class Results:
         return [] if key.commit is None else [row["impl"] for row in self.by_key.get(key, [])]
 
     def add(self, rows: list[Row]) -> None:
-        """Add the rows of a shape, in the place of those of other commits, and write all."""
+        """Add the rows of a shape, in the place of those measured otherwise on this device, and write all."""
         for row in rows:
             key = Key.of(row)
-            for other in [k for k in self.by_key if k != key and replace(k, commit=key.commit) == key]:
+            now = {name: getattr(key, name) for name in SAME if name != "device"}
+            for other in [k for k in self.by_key if k != key and replace(k, **now) == key]:
                 del self.by_key[other]
             self.by_key.setdefault(key, []).append(row)
         self.write()

@@ -36,7 +36,7 @@ from exchanged_launchers import launched_by
 from implementations import Forward
 from peer import Peer, Place
 from peer_implementations import EAGER, FUSED, PACKAGES, chosen
-from peer_results import Key, Results
+from peer_results import SAME, Key, Results
 from ranks import Rank
 from shards import Shard
 from steps import Step, make_step
@@ -95,6 +95,7 @@ def measure(rank: Rank, settings: Settings, results: Results) -> Outcome:
     """Measure what the results lack, and add each shape's rows to them at once."""
     outcome, budget = Outcome(), Budget(settings.budget_s)
     surroundings = environment.describe(rank) | {"command": settings.command}
+    surroundings |= {"kernels": environment.kernels_digest(), "quick": settings.quick}
     for number, shard in enumerate(settings.shards):
         wanted = []
         for key in _keys(settings, shard, surroundings):
@@ -125,7 +126,8 @@ def _keys(settings: Settings, shard: Shard, surroundings: Row) -> Iterator[Key]:
         for run in settings.runs:
             for l2 in settings.l2s:
                 how = (place.activation, place.dtype, mode, run, l2)
-                yield Key(s.name, s.tokens, s.hidden, s.ffn, *how, surroundings["device"], surroundings["commit"])
+                same = (surroundings[name] for name in SAME)
+                yield Key(s.name, s.tokens, s.hidden, s.ffn, *how, *same)
 
 
 def _measure_shard(
@@ -213,13 +215,13 @@ def _timed(
         p50, own = spread["ms_p50"], errors[peer]
         over_eager = [own[name] / error for name, error in eager.items() if error and peer.reference is None]
         if peer.name not in weights:
-            weights[peer.name] = _weighed(subject, step.forward, key.mode)
+            weights[peer.name] = _weighed(subject, peer, step.forward, key.mode)
         rows.append(
             {
                 "impl": peer.name,
                 "label": peer.label,
                 "regime": subject.shard.regime,
-                **{name: value for name, value in vars(key).items() if name not in ("device", "commit")},
+                **{name: value for name, value in vars(key).items() if name not in SAME},
                 "bias": True,
                 "iters": rounds,
                 **spread,
@@ -238,11 +240,13 @@ def _timed(
     return rows
 
 
-def _weighed(subject: Subject, forward: Forward, mode: str) -> dict[str, int | None]:
+def _weighed(subject: Subject, peer: Peer, forward: Forward, mode: str) -> dict[str, int | None]:
     """Return what an eager step keeps and needs of memory."""
+    eager = partial(Step, forward, subject.problem, None, mode)
+    step = launched_by(subject.settings.place.device_type, peer.launchers, eager)
     return {
         "saved_bytes": saved_bytes(forward, subject.problem) if mode == "fwd_bwd" else None,
-        "peak_mem_bytes": memory.peak_bytes(Step(forward, subject.problem, None, mode), subject.rank),
+        "peak_mem_bytes": memory.peak_bytes(step, subject.rank),
     }
 
 

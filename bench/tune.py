@@ -142,7 +142,7 @@ def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Set
 def surroundings(rank: Rank, settings: Settings, measured: bool) -> Row:
     """Return the fields of every row that say where and with what; verdicts alone are of no device and no torch."""
     row = environment.describe(rank) | {"command": settings.command, "arch": settings.arch}
-    row["kernels"] = tune_rows.kernels_digest()
+    row["kernels"] = environment.kernels_digest()
     if not measured:
         return row | {"device": None, "torch": None}
     return row | ({} if rank.device.type == "cuda" else {"device": "interpreter"})
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = tune_rows.file_of(state)
     print(tune_report.results(content, state.surroundings, found))
     if content["rows"] and settings.out is not None:
-        tune_rows.write(content, settings.out)
+        tune_rows.write(tune_rows.merged(content, settings.out), settings.out)
     say_written(args.json, settings.out)
     return int(bool(found.failed))
 

@@ -75,8 +75,8 @@ def candidates(case: Case, arch: str, most: int = MOST) -> list[Config]:
     own = tables_choice(case, arch)
     if own is None:
         return []
-    worth = (config for config in (*_neighbours(case, own, arch), *_product(case, arch)) if fits(config, case, arch))
-    return [*dict.fromkeys((own, *worth))][:most]
+    others = (*_neighbours(case, own, arch), *_product(case, own, arch))
+    return [*dict.fromkeys((own, *(config for config in others if fits(config, case, arch))))][:most]
 
 
 def _neighbours(case: Case, own: Config, arch: str) -> Iterator[Config]:
@@ -87,10 +87,10 @@ def _neighbours(case: Case, own: Config, arch: str) -> Iterator[Config]:
         yield replace(own, USE_TMA=not own.USE_TMA)
 
 
-def _product(case: Case, arch: str) -> Iterator[Config]:
+def _product(case: Case, own: Config, arch: str) -> Iterator[Config]:
     few, by_tma = case.rows <= FEW, case.arithmetic == "16bit" and arch in _BY_TMA
     if case.kernel.endswith("few_tokens"):
-        yield from _of_few_tokens(case, by_tma)
+        yield from _of_few_tokens(own)
         return
     if case.arithmetic != "16bit":
         tiles, steps = _FP32
@@ -103,10 +103,15 @@ def _product(case: Case, arch: str) -> Iterator[Config]:
             yield Config(m, n, k, warps, stages, USE_TMA=by_tma, SPLIT_EPILOGUE=split)
 
 
-def _of_few_tokens(case: Case, by_tma: bool) -> Iterator[Config]:
-    tall = next(m for m in (16, 32, FEW) if m >= case.rows)
-    for (k, stages), prefetched, slices, n in product(*_OF_FEW_TOKENS):
-        yield Config(tall, n, k, 4, stages, USE_TMA=by_tma, SPLIT_K=slices, PREFETCH_K=prefetched)
+def _of_few_tokens(own: Config) -> Iterator[Config]:
+    """Yield the tables' row with each other step, prefetch, number of slices and width; then slices with widths, which
+    depend on each other: together they fill the GPU."""
+    steps, prefetched, slices, widths = _OF_FEW_TOKENS
+    yield from (replace(own, BLOCK_K=k, num_stages=stages) for k, stages in steps)
+    yield from (replace(own, PREFETCH_K=columns) for columns in prefetched)
+    yield from (replace(own, SPLIT_K=count) for count in slices)
+    yield from (replace(own, BLOCK_N=n) for n in widths)
+    yield from (replace(own, SPLIT_K=count, BLOCK_N=n) for count, n in product(slices, widths))
 
 
 def fits(config: Config, case: Case, arch: str) -> bool:

@@ -4,16 +4,14 @@ state   a list of objects, one a verdict of the filter or a measurement: case, c
         (tune_measure.py), and where and with what: device, versions, commit
 file    {"schema": 1, "device", "arch", "torch", "triton", "date", "commit", "rows": [...]}; a row has the case's
         kernel, arithmetic, rows, cols, inner; config, null where torch's GEMM (cuBLAS) is faster; us of that;
-        table_us of the tables' choice; cublas_us, or null; candidates, how many were timed
+        table_us of the tables' choice; cublas_us, or null; candidates, how many were timed; date and commit
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import checkout
 import numpy as np
 import tables
 from tables import Row
@@ -45,14 +43,6 @@ def choose(ms: Mapping[Contender, Sequence[float]], own: Config) -> Contender:
     if CUBLAS in ms and ratio_p80(ms[CUBLAS], ms[best]) <= 1 - CUBLAS_MARGIN:
         return CUBLAS
     return best
-
-
-def kernels_digest() -> str:
-    """Return a digest of the kernels' sources, which may be changed without a commit."""
-    digest = hashlib.sha256()
-    for path in sorted((checkout.ROOT / "kernels").glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class State:
@@ -120,7 +110,13 @@ def row_of(case: Case, measured: Sequence[Row]) -> Row | None:
         "table_us": by_contender[TABLE]["us_p50"],
         "cublas_us": by_contender[TORCH]["us_p50"] if TORCH in by_contender else None,
         "candidates": sum(row["verdict"] == OK and row["contender"] != TORCH for row in measured),
+        "date": chosen[0]["time_utc"],
+        "commit": _commit(chosen[0]),
     }
+
+
+def _commit(row: Row) -> str:
+    return tables.commit_of(row).removeprefix("commit ")
 
 
 def file_of(state: State) -> dict[str, Any]:
@@ -128,8 +124,23 @@ def file_of(state: State) -> dict[str, Any]:
     rows = [row_of(case, state.measured(case)) for case in state.cases()]
     where = state.surroundings
     header = {name: where[name] for name in ("device", "arch", "torch", "triton")}
-    header |= {"date": where["time_utc"], "commit": tables.commit_of(where).removeprefix("commit ")}
+    header |= {"date": where["time_utc"], "commit": _commit(where)}
     return {"schema": _tuned.SCHEMA, **header, "rows": [row for row in rows if row is not None]}
+
+
+def merged(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the content with, behind its rows, those of a file there for other cases, measured on the same device with
+    the same versions: a search of some kernels loses no others. A file of anything else is replaced."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _tuned.read(path)
+        if any(before[name] != content[name] for name in ("device", "arch", "torch", "triton")):
+            return content
+    except (OSError, ValueError, KeyError):
+        return content
+    here = {tuple(row[name] for name in Case._fields) for row in content["rows"]}
+    kept = [row for row in before["rows"] if tuple(row[name] for name in Case._fields) not in here]
+    return content | {"rows": content["rows"] + kept}
 
 
 def write(content: dict[str, Any], path: Path) -> None:

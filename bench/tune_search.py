@@ -102,6 +102,9 @@ def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmet
             except Exception as error:  # out of memory, say: other cases are smaller
                 traceback.print_exc()
                 found.failed.append(f"{case}: {type(error).__name__}: {error}")
+                if _lost(rank):
+                    found.failed.append("the GPU answers no more, as after an illegal access: the rest is not measured")
+                    return found
                 continue
             state.add(rows)
             found.failed.extend(f"{case}: {row['verdict']}" for row in rows if _bad(row))
@@ -110,6 +113,16 @@ def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmet
             if rank.device.type == "cuda":
                 torch.cuda.empty_cache()
     return found
+
+
+def _lost(rank: Rank) -> bool:
+    """Say whether this process can use its GPU no more."""
+    try:
+        if rank.device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _bad(row: Row) -> bool:

@@ -6,7 +6,8 @@ A file is of one GPU and one version of Triton:
      "commit": "...",
      "rows": [{"kernel": "linear", "arithmetic": "16bit", "rows": 4096, "cols": 8192, "inner": 3584,
                "config": {the fields of Config} or null: torch's GEMM (cuBLAS) is faster,
-               "us": 11.3, "table_us": 12.0, "cublas_us": 11.5, "candidates": 14}, ...]}
+               "us": 11.3, "table_us": 12.0, "cublas_us": 11.5, "candidates": 14, "date": "...", "commit": "..."},
+              ...]}
 
 Files in the folder `tuned` beside this module are read when their GPU is first asked for; `load` adds one. A file that
 does not fit is ignored, with a warning that says why: it can make a kernel slow or be refused, but never run anything.
@@ -79,15 +80,15 @@ def read(path: Path) -> tuple[str, tuple[Measured, ...]]:
     rows = data.get("rows")
     if not isinstance(rows, list):
         raise ValueError(f"rows must be a list, got {type(rows).__name__}")
-    where = f"{names['device']}, {names['date'][:10]}, triton {names['triton']}"
-    return names["device"], tuple(_measured(row, where) for row in rows)
+    return names["device"], tuple(_measured(row, **names) for row in rows)
 
 
-def _measured(row: Any, where: str) -> Measured:
+def _measured(row: Any, device: str, triton: str, date: str) -> Measured:
     try:
         kernel, arithmetic, config, us = (row[name] for name in ("kernel", "arithmetic", "config", "us"))
         sizes = tuple(row[name] for name in ("rows", "cols", "inner"))
-    except (KeyError, TypeError):
+        date = str(row.get("date", date))[:10]
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"a row lacks a field: {str(row)[:200]}") from None
     if kernel not in KERNELS or arithmetic not in ARITHMETICS:
         raise ValueError(f"no kernel {str(kernel)[:40]!r} in arithmetic {str(arithmetic)[:40]!r}")
@@ -98,7 +99,7 @@ def _measured(row: Any, where: str) -> Measured:
     if config is None and kernel not in TORCH_INSTEAD:
         raise ValueError(f"torch has no {kernel}: config must not be null")
     by = "torch's GEMM, " if config is None else ""
-    origin = f"{by}{us:.4g} µs at {'×'.join(map(str, sizes))} on {where}"
+    origin = f"{by}{us:.4g} µs at {'×'.join(map(str, sizes))} on {device}, {date}, triton {triton}"
     return Measured(kernel, arithmetic, sizes, None if config is None else _config(kernel, config, origin), origin)
 
 

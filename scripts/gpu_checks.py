@@ -9,7 +9,9 @@
     bench_eager    the analysed model at P=4 against eager
     bench_graph    the same inside CUDA graphs
     bench_peers    one rank's shard beside every peer that is installed (bench/peers.py), inside CUDA graphs
-    bench_peers_swiglu   the analysed shard and decoding, gated, the same way
+    bench_peers_gelu     the analysed shard and decoding with erf in the activation, which few peers fuse
+    bench_peers_swiglu   the same, gated
+    first_call     seconds to the first result in a new process, with the compiler's cache empty and full
     bench_forms    the analysed model's shard at 64 to 8192 tokens in one launch and in several, inside CUDA graphs
 
 It uses the packages of the python that runs it and of PYTHONPATH, where a folder with peers (megatron-core,
@@ -17,8 +19,8 @@ Liger-Kernel, nvmath-python ...) may be given; it installs nothing and needs no 
 of its time does not stop the next one; time that a step leaves over goes to the steps after it.
 
 Results: environment.json (machine, versions, commit; each step's command, status and seconds), log.txt,
-tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_peers.json, bench_peers_swiglu.json,
-bench_forms.json and .png.
+tests.xml (JUnit), bench_eager.json and .png, bench_graph.json and .png, bench_peers.json, bench_peers_gelu.json,
+bench_peers_swiglu.json, first_call.json, bench_forms.json and .png.
 Exit status: 0 all passed; 1 a step failed; 2 no CUDA device, or wrong arguments.
 """
 
@@ -129,9 +131,16 @@ def plan(results: Path, budget: float) -> list[Step]:
         ),
         bench("eager", 38, "--tp", "4", *ours),
         bench("graph", 38, "--tp", "4", "--graph", *ours),
-        peers("peers", 130, "--activation", "gelu_tanh"),
-        peers("peers_swiglu", 40, "--activation", "swiglu", "--regime", "analysed,decode"),
-        bench("forms", 46, "--graph", script="forms_bench"),
+        peers("peers", 100, "--activation", "gelu_tanh"),
+        peers("peers_gelu", 34, "--regime", "analysed,decode"),
+        peers("peers_swiglu", 30, "--activation", "swiglu", "--regime", "analysed,decode"),
+        Step(
+            "first_call",
+            [python, "bench/first_call.py", "--json", str(results / "first_call.json")],
+            20 * share,
+            ("first_call.json",),
+        ),
+        bench("forms", 32, "--graph", script="forms_bench"),
     ]
 
 

@@ -257,7 +257,7 @@ MUTANTS = {
         ("any dtype stored", "if dtype not in SUPPORTED_DTYPES", "if False", REJECTED),
         ("odd strides sent to TMA", "t.strides[0] % step == 0", "True", AT_ONCE),
         ("odd widths sent to pointers", "and (by_tma or t.shape[1] % step == 0)\n", "\n", AT_ONCE),
-        ("launch reused for another alignment", "t.data_ptr() % 16)", "0)", NO_TMA),
+        ("launch reused for another alignment", "t.device, t.data_ptr() % 16\n", "t.device, 0\n", NO_TMA),
         ("launch reused for another M", "_keep = lru_cache(maxsize=2048)\n", SHAPELESS, COLUMN_SUM),
         (
             "descriptor reused for another address",

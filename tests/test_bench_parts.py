@@ -185,8 +185,8 @@ class FakeCuda:
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        real_empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: real_empty(*a, **k))
+        real_zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: real_zeros(*a, **k))
 
 
 class Waiting(steps.Step):

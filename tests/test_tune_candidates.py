@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import tune_filter
 from budget import Budget
-from tune_candidates import MOST, SHARED_BYTES, candidates, tables_choice
+from tune_candidates import _OF_FEW_TOKENS, MOST, SHARED_BYTES, candidates, tables_choice
 from tune_cases import REGIMES, Case, Shard, all_cases
 from tune_filter import OK, Filter, FilterFailed, OutOfTime
 
@@ -49,6 +49,17 @@ def test_candidates_are_few_and_begin_with_the_tables_choice(arch: str) -> None:
     assert kernels == set(KERNELS) - (few if arch == "gfx942" else set())
 
 
+def test_every_choice_for_few_tokens_is_tried() -> None:
+    steps, prefetched, slices, widths = _OF_FEW_TOKENS
+    for case in all_cases(("decode",), ("few_tokens",), "16bit"):
+        found = candidates(case, "sm_90")
+        assert {c.PREFETCH_K for c in found} >= {*prefetched}
+        assert {(c.BLOCK_K, c.num_stages) for c in found} >= {*steps}
+        assert {c.SPLIT_K for c in found} >= {*slices}
+        assert {c.BLOCK_N for c in found} >= {*widths}
+        assert {(c.SPLIT_K, c.BLOCK_N) for c in found} >= {(4, 128), (1, 32)}
+
+
 @pytest.mark.parametrize("arithmetic", ["tf32", "ieee"])
 def test_fp32_is_loaded_through_pointers(arithmetic: str) -> None:
     for case in all_cases(("analysed", "decode"), KERNELS, arithmetic):
@@ -67,12 +78,16 @@ def test_the_limits_are_the_gates() -> None:
 
 
 def test_cases_are_what_configurations_are_asked_for() -> None:
-    """Sizes as in the launchers, plain and gated: M=4, H=32, F/P=48."""
+    """Sizes as in the launchers, plain and gated: M=4, H=32, F/P=48. With more tokens, or in fp32, forward is another
+    launch."""
     found = {}
     for case in all_cases((), KERNELS, "16bit", [Shard(4, 32, 48)]):
         found.setdefault(case.kernel, []).append(tuple(case[2:]))
+    for tokens, arithmetic in ((65, "16bit"), (4, "ieee")):
+        kernels = {case.kernel for case in all_cases((), KERNELS, arithmetic, [Shard(tokens, 32, 48)])}
+        assert kernels == set(KERNELS) - {"few_tokens", "gated_few_tokens"}
     forward = [(4, 48, 32)]
-    names = ("few_tokens", "ffn", "linear_act", "linear_dact")
+    names = ("few_tokens", "linear_act", "linear_dact")
     assert found == dict.fromkeys((*names, *(f"gated_{name}" for name in names)), forward) | {
         "linear": [(4, 32, 48)],
         "dgrad": [(4, 32, 48), (4, 32, 96)],

@@ -203,7 +203,7 @@ def test_shipped_files_fit():
         data = json.loads(path.read_text())
         assert path == _tuned.file_of(data["device"])
         for entry in data["rows"]:
-            _tuned._measured(entry, "")
+            _tuned._measured(entry, data["device"], data["triton"], data["date"])
 
 
 @pytest.fixture

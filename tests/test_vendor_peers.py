@@ -129,6 +129,9 @@ class FakeMatmul:
         self.epilog, self.given = epilog, epilog_inputs[name]
         self.log.append(f"plan {epilog}")
 
+    def autotune(self) -> None:
+        self.log.append(f"tune {self.epilog}")
+
     def reset_operands(self, *, a: torch.Tensor, b: torch.Tensor, epilog_inputs: dict[str, torch.Tensor]) -> None:
         (given,) = epilog_inputs.values()
         for old, new in ((self.a, a), (self.b, b), (self.given, given)):
@@ -164,12 +167,13 @@ def test_nvmath_plans_once_and_resets_its_operands(tokens: int, ffn: int, monkey
     check(forward, problem_of("gelu_tanh", tokens, ffn), "gelu_tanh")
     trained = ["GELU_AUX_BIAS", "DGELU_BGRAD"]
     assert FakeMatmul.log == [
-        *("plan GELU_BIAS", "reset GELU_BIAS"),
-        *(f"{how} {epilog}" for how in ("plan", "reset") for epilog in trained),
+        *("plan GELU_BIAS", "tune GELU_BIAS", "reset GELU_BIAS"),
+        *(f"{how} {epilog}" for epilog in trained for how in ("plan", "tune")),
+        *(f"reset {epilog}" for epilog in trained),
     ]
     # Another number of tokens is another plan.
     check(forward, problem_of("gelu_tanh", tokens + 8, ffn), "gelu_tanh", ("fwd",))
-    assert FakeMatmul.log[6:] == ["plan GELU_BIAS", "reset GELU_BIAS"]
+    assert FakeMatmul.log[9:] == ["plan GELU_BIAS", "tune GELU_BIAS", "reset GELU_BIAS"]
 
 
 @pytest.mark.parametrize("activation", vendor_peers.LIGER)
