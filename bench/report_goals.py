@@ -178,6 +178,7 @@ _NOTES = (
     "Goals count on CUDA in bf16 alone. Ratios: the peer's time over ours, median over rounds of one run.",
     "Of the points that a goal is about, the worst is shown; (1 of 2) is how many miss it.",
     "Copy bandwidth: the device's in tpffn_triton/presets.py.",
+    "Not of these files: the first call (bench/first_call.py), launches of backward (tests/test_weight_grads.py).",
     f"{BARE_GEMMS} is two bare GEMMs, less work than the layer: no peer.",
 )
 
