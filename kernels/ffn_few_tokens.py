@@ -33,7 +33,6 @@ import triton.language as tl
 from . import _configs, _counters
 from ._inline_ptx import fence_async_proxy, prefetch_to_l2
 from ._launch import (
-    Launch,
     Operand,
     configuration,
     fresh,
@@ -42,11 +41,20 @@ from ._launch import (
     signature,
 )
 from ._tiles import add_row_vector, gemm_gate_and_up, gemm_tile, store_tile
-from .activations import GATED_ACTIVATIONS, kernel_activation
-from .ffn_single_launch import check_ffn, leave, publish, wait_for_tiles
+from .activations import GATED_ACTIVATIONS
+from .ffn_single_launch import check_ffn, launch_of_both, leave, publish, wait_for_tiles
 from .linear_act import store_act, store_gated_act
 
 _LINE = tl.constexpr(128)  # bytes that a prefetch brings
+
+
+@triton.jit
+def slice_of(part, K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Return where the part-th of SPLIT_K slices of a reduction over K begins and ends. They end where blocks do, for a
+    descriptor knows the end of a row alone; the last ones may be empty."""
+    length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    first_k = part * length
+    return first_k, tl.minimum(first_k + length, K)
 
 
 @triton.jit
@@ -143,10 +151,7 @@ def few_tokens_kernel(
     partial_ptr += tile.to(tl.int64) * (SPLIT_K * SLICE)
     own_ptr = partial_ptr + part * SLICE
     if tile < act_tiles:
-        # Slices end where blocks do: a descriptor knows the end of a row alone.
-        length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        first_k = part * length
-        end_k = tl.minimum(first_k + length, K)
+        first_k, end_k = slice_of(part, K, BLOCK_K, SPLIT_K)
         last = True
         if GATED:
             gate_acc, up_acc = gemm_gate_and_up(
@@ -183,9 +188,7 @@ def few_tokens_kernel(
                 publish(ready_ptr, USE_TMA)
     else:
         tile_n = tile - act_tiles
-        length = tl.cdiv(tl.cdiv(N, BLOCK_K), SPLIT_K) * BLOCK_K
-        first_k = part * length
-        end_k = tl.minimum(first_k + length, N)
+        first_k, end_k = slice_of(part, N, BLOCK_K, SPLIT_K)
         if PREFETCH_K > 0:
             prefetch_rows(w2_ptr, tile_n * BLOCK_N, H, first_k, end_k, stride_w2, BLOCK_N, PREFETCH_K)
         wait_for_tiles(ready_ptr, act_tiles, USE_TMA)
@@ -214,33 +217,13 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
     gated = activation in GATED_ACTIVATIONS
     if config.BLOCK_M < M:
         raise ValueError(f"ffn: {M} tokens do not fit into one tile of {config}")
-    act, y = fresh(M, N, x), fresh(M, H, x, out_dtype)
-    config = configuration("gated_few_tokens" if gated else "few_tokens", config, M, N, K, x, w1, w2, act, y)
+    if config.SPLIT_EPILOGUE:
+        raise ValueError(f"ffn: no split epilogue for few tokens, got {config}")
+    matrices = x, w1, w2, fresh(M, N, x), fresh(M, H, x, out_dtype)
+    config = configuration("gated_few_tokens" if gated else "few_tokens", config, M, N, K, *matrices)
     tiles = grid(config, M, N)[0] + grid(config, M, H)[0]
-    weight_tile, stored_tile = (config.BLOCK_N, config.BLOCK_K), (config.BLOCK_M, config.BLOCK_N)
-    half = Operand((M, N), (W, 1), x.dtype, x.device, 0) if save_pre_act else act
-    launch = Launch(
-        few_tokens_kernel,
-        (tiles * config.SPLIT_K, 1, 1),
-        views=(
-            (x, (config.BLOCK_M, config.BLOCK_K)),
-            (w1, weight_tile),
-            (w2, weight_tile),
-            (act, (config.BLOCK_M, config.BLOCK_K)),
-            (y, stored_tile),
-            (half, stored_tile),
-            (half, stored_tile),
-        ),
-        scalars=(M, N, K, H, x.strides[0], w1.strides[0], w2.strides[0]),
-        constants=config.meta
-        | {
-            "ACTIVATION": kernel_activation(activation, x.dtype.itemsize),
-            "GATED": gated,
-            "HAS_B1": b1 is not None,
-            "HAS_B2": b2 is not None,
-            "SAVE_PRE_ACT": save_pre_act,
-            "PRECISION": _configs.PRECISION[arithmetic],
-        },
+    launch = launch_of_both(
+        few_tokens_kernel, tiles * config.SPLIT_K, config, matrices, (b1, b2), activation, save_pre_act, arithmetic
     )
     slices = tiles * config.SPLIT_K * (1 + gated) if config.SPLIT_K > 1 else 0
     return M, N, W, H, slices * config.BLOCK_M * config.BLOCK_N, 2 + tiles * (config.SPLIT_K > 1), launch

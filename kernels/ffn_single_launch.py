@@ -26,6 +26,8 @@ Source: dependency-ordered tickets as in stream-K's and look-back scans' (Merril
 Prefix Scan with Decoupled Look-back"); release and acquire as in the PTX memory model.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -190,21 +192,24 @@ def check_ffn(
     return M, N, W, K, H
 
 
-@prepared_once
-def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic, config) -> tuple:
-    """Return M, N, W, H, the number of counters, and the launch."""
-    x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
-    M, N, W, K, H = check_ffn(x, w1, b1, w2, b2, activation, out_dtype)
-    gated = activation in GATED_ACTIVATIONS
-    act, y = fresh(M, N, x), fresh(M, H, x, out_dtype)
-    config = configuration("gated_ffn" if gated else "ffn", config, M, N, K, x, w1, w2, act, y)
-    if gated and config.SPLIT_EPILOGUE:
-        raise ValueError(f"ffn: no split epilogue with {activation}, got {config}")
+def launch_of_both(
+    kernel: Any,
+    programs: int,
+    config: _configs.Config,
+    matrices: tuple[Operand, ...],
+    biases: tuple[Any, Any],
+    activation: str,
+    save_pre_act: bool,
+    arithmetic: str,
+) -> Launch:
+    """Return the launch of a kernel that computes both GEMMs: its tensors are x, w1, w2, act, y (`matrices`), pre_act
+    and up, then pointers; its integers M, N, K, H and the row strides of x, w1 and w2."""
+    x, w1, w2, act, y = matrices
     weight_tile, stored_tile = (config.BLOCK_N, config.BLOCK_K), (config.BLOCK_M, config.STORED_N)
-    half = Operand((M, N), (W, 1), x.dtype, x.device, 0) if save_pre_act else act
-    launch = Launch(
-        ffn_kernel,
-        (grid(config, M, N)[0] + grid(config, M, H)[0], 1, 1),
+    half = Operand(act.shape, (w1.shape[0], 1), x.dtype, x.device, 0) if save_pre_act else act
+    return Launch(
+        kernel,
+        (programs, 1, 1),
         views=(
             (x, (config.BLOCK_M, config.BLOCK_K)),
             (w1, weight_tile),
@@ -214,17 +219,31 @@ def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic,
             (half, stored_tile),
             (half, stored_tile),
         ),
-        scalars=(M, N, K, H, x.strides[0], w1.strides[0], w2.strides[0]),
+        scalars=(*act.shape, x.shape[1], y.shape[1], x.strides[0], w1.strides[0], w2.strides[0]),
         constants=config.meta
         | {
             "ACTIVATION": kernel_activation(activation, x.dtype.itemsize),
-            "GATED": gated,
-            "HAS_B1": b1 is not None,
-            "HAS_B2": b2 is not None,
+            "GATED": activation in GATED_ACTIVATIONS,
+            "HAS_B1": biases[0] is not None,
+            "HAS_B2": biases[1] is not None,
             "SAVE_PRE_ACT": save_pre_act,
             "PRECISION": _configs.PRECISION[arithmetic],
         },
     )
+
+
+@prepared_once
+def _prepare(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, arithmetic, config) -> tuple:
+    """Return M, N, W, H, the number of counters, and the launch."""
+    x, w1, w2 = Operand(*x), Operand(*w1), Operand(*w2)
+    M, N, W, K, H = check_ffn(x, w1, b1, w2, b2, activation, out_dtype)
+    gated = activation in GATED_ACTIVATIONS
+    matrices = x, w1, w2, fresh(M, N, x), fresh(M, H, x, out_dtype)
+    config = configuration("gated_ffn" if gated else "ffn", config, M, N, K, *matrices)
+    if gated and config.SPLIT_EPILOGUE:
+        raise ValueError(f"ffn: no split epilogue with {activation}, got {config}")
+    programs = grid(config, M, N)[0] + grid(config, M, H)[0]
+    launch = launch_of_both(ffn_kernel, programs, config, matrices, (b1, b2), activation, save_pre_act, arithmetic)
     return M, N, W, H, 1 + triton.cdiv(M, config.BLOCK_M), launch
 
 

@@ -52,8 +52,8 @@ MUTANTS = {
         ),
         (
             "gate's descriptor as wide as pre_act, in one launch",
-            "half = Operand((M, N), (W, 1)",
-            "half = Operand((M, W), (W, 1)",
+            "half = Operand(act.shape, (w1.shape[0], 1)",
+            "half = Operand((act.shape[0], w1.shape[0]), (w1.shape[0], 1)",
             "test_memory.py -k 'test_guard_pages and end'",
         ),
         (
@@ -102,8 +102,8 @@ MUTANTS = {
         ("few tokens: tickets never reset", TICKET_RESET, "pass", SIMULATOR_OF_FEW),
         (
             "slices that overlap",
-            "end_k = tl.minimum(first_k + length, K)",
-            "end_k = tl.minimum(first_k + length + 1, K)",
+            "first_k, tl.minimum(first_k + length, K)",
+            "first_k, tl.minimum(first_k + length + 1, K)",
             FEW.format("exact"),
         ),
         (

@@ -140,6 +140,8 @@ def test_rejected(device):
     args = ffn_operands(randn, FEW_TOKENS, "gelu", torch.bfloat16, device)
     with pytest.raises(ValueError, match="24 tokens do not fit into one tile of Config"):
         ffn_few_tokens(*args, "gelu", False, replace(ROW, BLOCK_M=16))
+    with pytest.raises(ValueError, match="no split epilogue for few tokens"):
+        ffn_few_tokens(*args, "gelu", False, replace(ROW, SPLIT_EPILOGUE=True))
     with pytest.raises(ValueError, match="inner dims differ"):
         ffn_few_tokens(args[0][:, 8:], *args[1:], "gelu", False, ROW)
     with pytest.raises(ValueError, match="0 tokens"):
