@@ -38,7 +38,8 @@ examples:
   python bench/report.py out.json                                     table and chart
   python bench/report.py h100.json h200.json --goals                  a goals table for each device
   python bench/report.py out.json --plots bench/out/plots --format svg
-  python bench/report.py out.json --markdown README.md bench/results/README.md
+  python bench/report.py out.json --markdown bench/results/README.md
+  python bench/report.py out.json --regime analysed --markdown README.md
   python bench/report.py out.json --markdown README.md --check        exit status 1: README.md is not up to date
 
 --markdown replaces what stands between two lines of the page:
@@ -51,6 +52,7 @@ def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(prog="report.py", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="what peers.py --json wrote")
+    parser.add_argument("--regime", metavar="NAME,...", help="rows of these regimes alone (analysed, decode, wide ...)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder")
     how.add_argument("--markdown", type=Path, nargs="+", metavar="PAGE.md", help="write the table into these files")
@@ -74,7 +76,7 @@ def _checked(args: argparse.Namespace) -> list[Section]:
         raise ValueError(missing)
     if args.plots:
         check_writable(args.plots / "speedup.png")
-    return report_rows.load(args.files)
+    return report_rows.load(args.files, None if args.regime is None else args.regime.split(","))
 
 
 def _pages(sections: list[Section], pages: Sequence[Path]) -> dict[Path, tuple[str, str]]:

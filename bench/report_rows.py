@@ -137,14 +137,19 @@ class Section:
         return [point for point in self.points if (point.how, point.first["mode"]) == (how, mode)]
 
 
-def load(paths: Sequence[Path]) -> list[Section]:
-    """Return the sections of these files, in their order.
+def load(paths: Sequence[Path], regimes: Sequence[str] | None = None) -> list[Section]:
+    """Return the sections of these files, in their order; regimes: of these rows alone.
 
-    Raises: ValueError: a file that cannot be read, is not peers.py's, has no rows, or has one row twice.
+    Raises: ValueError: a file that cannot be read, is not peers.py's, has no rows, or has one row twice; a regime of
+    which no file has rows.
     """
     found: dict[tuple[str, str, str], dict[tuple, Point]] = {}
+    there: set[str] = set()
     for path in dict.fromkeys(paths):
         for row in _rows_of(path):
+            there.add(row["regime"])
+            if regimes is not None and row["regime"] not in regimes:
+                continue
             section = found.setdefault((row["device"], row["dtype"], row["activation"]), {})
             which = (path, *(row[name] for name in ("shape", "tokens", "hidden", "ffn_per_rank", "mode", "run", "l2")))
             point = section.setdefault(which, Point(path, {}))
@@ -152,6 +157,8 @@ def load(paths: Sequence[Path]) -> list[Section]:
                 where = "{impl} at {shape}, {mode}, {run}, {l2}".format(**row)
                 raise ValueError(f"{path} has two rows of {where}")
             point.rows[row["impl"]] = row
+    if missing := sorted({*(regimes or ())} - there):
+        raise ValueError(f"no rows of regime {', '.join(missing)}: the files have {', '.join(sorted(there))}")
     return [Section(*key, [*points.values()]) for key, points in found.items()]
 
 

@@ -65,7 +65,7 @@ def markdown(sections: Sequence[Section], page: Path) -> str:
         columns = {"shape M×H×F/P": linked if len(files) > 1 else _shape, **_columns(section, alone)}
         headers = [name if number < 2 else f">{name}" for number, name in enumerate(columns)]
         body = tables.markdown(headers, [[show(point) for show in columns.values()] for point in section.points])
-        notes = " ".join(_notes(section))
+        notes = " ".join([*_notes(section, labels=False), "Who is who: `bench/peers.py --list-peers`."])
         parts.append(f"**{_heading(section)}; {section.commits}**, {sources}\n\n{body}\n\n{notes}")
     return "\n\n".join(parts)
 
@@ -136,7 +136,8 @@ def _figure(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2f}"
 
 
-def _notes(section: Section) -> list[str]:
+def _notes(section: Section, labels: bool = True) -> list[str]:
+    """Return what there is to know of the figures; labels: also what each peer is."""
     rows = section.rows
     count = tables.rounds_of(rows, "iters")
     notes = [
@@ -144,9 +145,10 @@ def _notes(section: Section) -> list[str]:
         "≈: p20 to p80 of that ratio hold 1, no difference is seen.",
         "error: against fp64, the worst tensor over eager's. kept: bytes for backward beside x and parameters.",
     ]
-    labels = {row["impl"]: row["label"] for row in rows}
-    notes += [f"{impl}: {labels[impl].rstrip('.')}." for impl in (*section.peers, OURS) if impl in labels]
-    if BARE_GEMMS in labels:
+    known = {row["impl"]: row["label"] for row in rows}
+    if labels:
+        notes += [f"{impl}: {known[impl].rstrip('.')}." for impl in (*section.peers, OURS) if impl in known]
+    if BARE_GEMMS in known:
         notes.append(f"{BARE_GEMMS} computes less than the layer: a bound, no peer.")
     if any(row["triton_interpret"] for row in rows):
         notes.append("The kernels ran in Triton's interpreter: THESE TIMES MEAN NOTHING.")

@@ -155,6 +155,17 @@ def test_markdown_replaces_what_is_between_the_marks(said, tmp_path: Path) -> No
     assert (check.status, check.err) == (1, f"{pages[0]}: up to date\n{pages[1]}: not up to date\n")
 
 
+def test_rows_of_some_regimes(said, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.json", point(US), point(US, ("decode-1", 1, 8192, 3584), regime="decode"))
+    assert "decode-1" in said(file).out
+    told = said(file, "--regime", "analysed").out
+    assert "analysed" in told
+    assert "decode-1" not in told
+    refused = said(file, "--regime", "analysed,wide")
+    assert refused.status == 2
+    assert "no rows of regime wide: the files have analysed, decode" in refused.err
+
+
 def test_markdown_has_nine_columns_at_most(said, tmp_path: Path) -> None:
     peers = {f"peer-{number}": 10.0 + number for number in range(7)}
     file, page = write(tmp_path / "rows.json", point(peers | US)), tmp_path / "page.md"
