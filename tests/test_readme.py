@@ -145,3 +145,16 @@ def test_table_quotes_its_files():
         mode = "fwd_bwd" if "backward" in mode else "fwd"
         assert written[mode, "unfused"] == pytest.approx(float(unfused), rel=0.01)
         assert written[mode, "fused"] == pytest.approx(float(fused), rel=0.01)
+
+
+def test_tables_of_peers_are_those_of_the_committed_file():
+    report = (sys.executable, "bench/report.py", "bench/results/2026-11-28_cpu/peers.json")
+    run(*report, "--regime", "analysed", "--markdown", "README.md", "--check")
+    run(*report, "--markdown", "bench/results/README.md", "--check")
+
+
+def test_what_batch_invariance_costs():
+    rows = json.loads((ROOT / "bench" / "results" / "2026-11-28_cpu" / "peers.json").read_text())
+    ratios = [row["ratio_p50"] for row in rows if (row["impl"], row["mode"]) == ("fused-invariant", "fwd")]
+    (least, most) = re.search(r"On a CPU forward takes ([\d.]+) to ([\d.]+) times as long", README).groups()
+    assert (f"{min(ratios):.1f}", f"{max(ratios):.1f}") == (least, most)
