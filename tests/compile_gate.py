@@ -275,6 +275,8 @@ def check(variant: Variant) -> dict:
         kind = {"gemms": 2 if counting else 1, "counting": counting, "dependent": is_dependent(variant)}
         kind["wgmma"] = variant.config.BLOCK_M >= 64
         report = inspect_nvidia(compiled, variant.arch, variant.arithmetic, copy, **kind)
+        if variant.config.PREFETCH_K and "prefetch.global.L2" not in compiled.asm["ptx"]:
+            report["problems"].append("nothing is prefetched")
     else:
         report = inspect_amd(compiled, variant.arch, counting)
     return row | report
