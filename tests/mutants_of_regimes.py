@@ -100,12 +100,12 @@ MUTANTS = {
             "    if False:\n        return _b",
             INVARIANT.format("form_and_tiles"),
         ),
-        ("tiles by where x lies", "x.data_ptr() % 16", "False", INVARIANT.format("'where_x_lies and triton'")),
+        ("tiles by where x lies", "x.data_ptr() % 16", "False", INVARIANT.format("every_launch")),
         (
             "the tables' tiles in a batch-invariant launch",
             "fixed = config if batch_invariant else None",
             "fixed = None",
-            INVARIANT.format("'bits_of_a_token and triton and bfloat16'"),
+            INVARIANT.format("every_launch"),
         ),
         (
             "measured tiles that choose the form",

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 import tpffn_triton as tp
 from tpffn_triton import interpreter
 from tpffn_triton.huggingface import parallelize
+from tpffn_triton.kernels import forward
 from tpffn_triton.kernels._configs import MOST_WAVES, TABLES, batch_invariant
 from tpffn_triton.kernels._launch import Operand, signature
 from tpffn_triton.kernels.forward import SINGLE, TWO, forward_form
@@ -70,6 +71,27 @@ def test_where_x_lies_does_not_matter(device):
     shifted = torch.empty(9 * H + 1, dtype=torch.bfloat16, device=device)[1:].view(9, H).copy_(problem.x)
     for x in (wide[:, 1:], shifted, problem.x.view(3, 3, H)):
         assert torch.equal(tp.ffn(x, *weights, batch_invariant=True).view(9, H), y)
+
+
+@pytest.mark.cpu_only
+def test_every_launch_has_these_tiles(monkeypatch):
+    """Whatever the number of tokens, and wherever x lies: rows that TMA cannot address are copied."""
+    found = []
+    launch = forward.ffn_single_launch
+
+    def recorded(*args):
+        found.append(args[-1])
+        return launch(*args)
+
+    monkeypatch.setattr(forward, "ffn_single_launch", recorded)
+    problem = draw((70,), 64, 128, dtype=torch.bfloat16)
+    w1, w2, b1, b2 = problem.leaves()[1:]
+    shifted = torch.empty(70 * 64 + 1, dtype=torch.bfloat16)[1:].view(70, 64).copy_(problem.x)
+    wide = torch.empty(70, 65, dtype=torch.bfloat16)[:, :64].copy_(problem.x)
+    for x in (problem.x, problem.x[:1], problem.x[:33], shifted, shifted[:1], wide):
+        forward.ffn_forward(x, w1, b1, w2, b2, "gelu", "nothing", None, True)
+    assert found == [batch_invariant("ffn", problem.x, "sm_90")] * 6
+    assert found[0].USE_TMA
 
 
 def test_a_single_row_has_no_stride(device):
@@ -159,7 +181,9 @@ def test_form_and_tiles_are_the_same_for_every_number_of_tokens(gated, arch):
     assert choice.form == (SINGLE if MOST_WAVES[arch] else TWO)
     kernel = "ffn" if choice.form == SINGLE else "linear_act"
     assert choice.config == batch_invariant(f"{gated}{kernel}", of(1, 1), arch)
-    assert choice.config.SPLIT_K == 1
+    # Programs for few tokens, and no small tile for many.
+    assert (choice.config.BLOCK_N, choice.config.SPLIT_K) == (64, 1)
+    assert {"sm_80": 64, "sm_90": 128, "sm_100": 128, "gfx942": 64}[arch] == choice.config.BLOCK_M
     explained = tp.explain((8, 128, 1024), 4096, activation=activation, batch_invariant=True, arch=arch)
     assert explained.launches[0].config == choice.config
     assert "batch-invariant" in str(explained)

@@ -248,6 +248,8 @@ def test_plain_gemms_go_to_torch_where_it_was_faster(by_torch, gemms):
     dgrad(dy, w, by_torch=False)
     wgrad(dy, a, by_torch=False)
     linear(a, w, b, config=TINY)
+    dgrad(dy, w, config=TINY)
+    wgrad(dy, a, config=TINY)
     linear(a, w, b, torch.float32)
     matmul.wgrad_accumulate(torch.zeros(48, 64), dy, a)
     assert len(gemms) == 4
