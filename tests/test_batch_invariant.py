@@ -184,7 +184,8 @@ def test_form_and_tiles_are_the_same_for_every_number_of_tokens(gated, arch):
     assert choice.config == batch_invariant(f"{gated}{kernel}", of(1, 1), arch)
     # Programs for few tokens, and no small tile for many.
     assert (choice.config.BLOCK_N, choice.config.SPLIT_K) == (64, 1)
-    assert choice.config.BLOCK_M >= 64
+    tall = 128 if arch == "sm_90" or (arch, gated) == ("sm_100", "") else 64
+    assert tall <= choice.config.BLOCK_M
     explained = tp.explain((8, 128, 1024), 4096, activation=activation, batch_invariant=True, arch=arch)
     assert explained.launches[0].config == choice.config
     assert "batch-invariant" in str(explained)
