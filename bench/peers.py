@@ -42,7 +42,7 @@ shapes:
 {_NAMED}
 
   default on a CPU: {_ON_CPU},
-  in fp32, about two minutes on two idle cores. On CUDA, in bf16: all that are not small
+  in fp32, about a minute on two idle cores. On CUDA, in bf16: all that are not small
 
 figures:
   ÷ fused     a peer's time over fused's, by round: above 1 fused is faster
