@@ -158,7 +158,7 @@ def ffn_forward(
         form, config, _, config2 = _chosen(*operands, batch_invariant, by_torch, arithmetic)
     elif form == FEW:
         config = _few(*operands, arithmetic)
-        if config is None:  # which the tables' choice never is
+        if config is None:  # only where a caller names the form: forward_form chooses it with its row
             raise ValueError(f"form {form!r} takes at most a tile of tokens, in 16 bits and aligned; got {[*x.shape]}")
     fixed = config if batch_invariant else None
     if form == FEW and config is not None:

@@ -6,8 +6,8 @@
 
 One line (or JSON object) a variant: registers, stack bytes, spills, shared memory, tensor-core and asynchronous-copy
 instructions of the K loop, atomics, and a verdict; or, in Markdown, one line a row. Exit status 1 when a row of an
-enforced architecture (sm_80, sm_90) spills, exceeds shared memory, uses other atomics than the counters of the single
-launch, publishes what others may not see (ptx_lint.py), or has lost its tensor cores or its pipeline.
+enforced architecture (sm_80, sm_90) spills, exceeds shared memory, uses other atomics than the counters of the
+launches of both GEMMs, publishes what others may not see (ptx_lint.py), or has lost its tensor cores or its pipeline.
 
 Run it in a process without TRITON_INTERPRET: triton decides when a kernel is decorated.
 """

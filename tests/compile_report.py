@@ -22,8 +22,8 @@ with nothing; the first row and the odd one, in two ways, also with the other ac
 - shared: KiB of a program.
 - MMA: tensor-core instructions in the K loop, the lesser of two (gfx942: in all).
 - variants: how many were compiled; the verdict counts those that spill, exceed shared memory, use atomics (other than
-  the single launch's counters), have no tensor-core instructions or asynchronous copies in the K loop, load through
-  registers there, or publish what others may not see.
+  the counters of the launches of both GEMMs), have no tensor-core instructions or asynchronous copies in the K loop,
+  load through registers there, or publish what others may not see.
 """
 
 
