@@ -98,6 +98,15 @@ def test_what_it_prints():
     assert json.loads(json.dumps(explanation.to_dict()))["arch"] == "sm_90"
 
 
+def test_what_it_prints_of_few_tokens():
+    explanation = tp.explain((16, 8192), 28672, world_size=8, arch="sm_90")
+    assert explanation.launches[0].kernel == "few_tokens"
+    assert "forward: few tokens; 16 tokens are one tile of 16 rows" in str(explanation)
+    assert "tiles of few_tokens: what was measured; else the least tall row" in str(explanation)
+    assert "in 4 slices" in str(tp.explain((16, 8192), 512, arch="sm_90"))
+    assert "few_tokens" not in str(tp.explain((65, 8192), 3584, arch="sm_90"))
+
+
 def test_where_nothing_is_launched(monkeypatch):
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     explanation = tp.explain((8, 64), 128)

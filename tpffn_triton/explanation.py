@@ -127,6 +127,11 @@ def explain(
         "output and fills three quarters of the "
         "processors, else the last; where 16 bytes of an operand's row cannot be copied at once, the row for that",
     }
+    if shard.choice.form == FEW:
+        reasons["tiles of few_tokens"] = (
+            "what was measured; else the least tall row that all tokens fit in, in slices where its tiles fill less "
+            "than three quarters of the processors"
+        )
     if any(row.config is not None and row.config.origin == "compiles" for row in launches):
         reasons["origin compiles"] = "it compiles (docs/compiled.md); its speed is not measured"
     return Explanation(f"{size}, on {arch}: {PROCESSORS[arch]} processors", arch, launches, reasons)
