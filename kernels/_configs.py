@@ -224,7 +224,7 @@ def select_for_few_tokens(
     """Return the configuration of a kernel for few tokens; None: they are too many, or it has none in this arithmetic.
 
     What was measured, as in `select`; else, of the least tall rows that all tokens fit in, the first that yields
-    programs for three quarters of the processors; else the last.
+    programs for three quarters of the processors in both stages (stage 2 has `inner` columns); else the last.
     """
     measured = _measured(kernel, like, rows, cols, inner, arch)
     if measured is not None and measured.config is not None and rows <= measured.config.BLOCK_M:
@@ -233,15 +233,15 @@ def select_for_few_tokens(
     fitting = [row for row in TABLES[arch].get((kernel, arithmetic_of(like.dtype)), ()) if rows <= row.BLOCK_M]
     least = [row for row in fitting if min(row.BLOCK_M for row in fitting) == row.BLOCK_M]
     for config in least:
-        if triton.cdiv(cols, config.BLOCK_N) * config.SPLIT_K >= 0.75 * PROCESSORS[arch]:
+        if triton.cdiv(min(cols, inner), config.BLOCK_N) * config.SPLIT_K >= 0.75 * PROCESSORS[arch]:
             return config
     return least[-1] if least else None
 
 
 def batch_invariant(kernel: str, like, arch: str | None = None) -> Config:
     """Return the one configuration of a kernel whose results for a token may not depend on how many there are: the
-    first row of the table at most 64 columns wide, which makes enough programs of few tokens and is no small tile for
-    many; else the last."""
+    first row of the table at most 64 columns wide, a compromise between few tokens, which want many programs, and many,
+    which want tall tiles; else the last. Its speed is not measured."""
     table = TABLES[arch or arch_of(like.device)][kernel, arithmetic_of(like.dtype)]
     return next((config for config in table if config.BLOCK_N <= 64), table[-1])
 

@@ -1,4 +1,4 @@
-"""Keep the counters of single launches: zero before each, and left at zero by it.
+"""Keep the counters of launches of both GEMMs: zero before each, and left at zero by it.
 
 Launches of one stream come one after the other and share counters. Those of two streams may run at once, so each
 (device, stream) has its own. A captured launch may be replayed at any time beside others, so it has its own for ever.
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_LEAST = 1024  # counters of a stream at first; more when M wants them
+_LEAST = 1024  # counters of a stream at first; more when a launch wants them
 _RESERVE = 1 << 19  # counters allocated at once: 2 MiB
 _LINE = 32  # counters in the 128 bytes that L2 works on
 

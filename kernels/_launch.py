@@ -59,7 +59,7 @@ def signature(t: torch.Tensor | None) -> tuple | None:
     if t is None:
         return None
     shape, strides = t.shape, t.stride()
-    if shape[0] == 1 and len(shape) == 2:
+    if len(shape) == 2 and shape[0] == 1:
         strides = (shape[1], strides[1])  # a single row has no stride, whatever torch says: it may choose nothing
     return shape, strides, t.dtype, t.device, t.data_ptr() % 16
 
@@ -135,6 +135,11 @@ def can_address(config: Config, *operands: Operand) -> bool:
     return all(_addressable(t, config.USE_TMA) for t in operands)
 
 
+def addressable(kernel: str, config: Config, *operands: Operand) -> Config:
+    """Return a row of the tables, or the one for odd strides where its copies cannot address every operand."""
+    return config if can_address(config, *operands) else odd_strides(kernel, arithmetic_of(operands[0].dtype))
+
+
 def configuration(
     kernel: str, chosen: Config | None, rows: int, cols: int, inner: int, *operands: Operand, arch: str | None = None
 ) -> Config:
@@ -143,13 +148,9 @@ def configuration(
 
     Raises: ValueError: the caller's uses TMA, which cannot address an operand.
     """
-    like = operands[0]
-    config = chosen or select(kernel, like, rows, cols, inner, arch)
-    if can_address(config, *operands):
-        return config
     if chosen is None:
-        return odd_strides(kernel, arithmetic_of(like.dtype))
-    if chosen.USE_TMA:
+        return addressable(kernel, select(kernel, operands[0], rows, cols, inner, arch), *operands)
+    if chosen.USE_TMA and not can_address(chosen, *operands):
         given = ", ".join(f"{tuple(t.shape)} with strides {t.strides} at 16n + {t.residue}" for t in operands)
         raise ValueError(f"{kernel}: TMA cannot address every one of {given}")
     return chosen

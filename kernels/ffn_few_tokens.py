@@ -99,6 +99,21 @@ def sum_of_slices(partial_ptr, stride, SPLIT_K: tl.constexpr, BLOCK_M: tl.conste
     return acc
 
 
+@triton.jit
+def sum_if_last(
+    acc, own_ptr, partial_ptr, stride, counter_ptr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Return a tile, and whether it is whole: of one slice acc; of several the sum, in the last program alone."""
+    last = True
+    if SPLIT_K > 1:
+        store_slice(acc, own_ptr, BLOCK_M, BLOCK_N)
+        last = is_last_slice(counter_ptr, SPLIT_K, USE_TMA)
+        if last:
+            acc = sum_of_slices(partial_ptr, stride, SPLIT_K, BLOCK_M, BLOCK_N)
+    return acc, last
+
+
 @triton.jit(do_not_specialize=["M"])
 def few_tokens_kernel(
     x,
@@ -152,11 +167,11 @@ def few_tokens_kernel(
     own_ptr = partial_ptr + part * SLICE
     if tile < act_tiles:
         first_k, end_k = slice_of(part, K, BLOCK_K, SPLIT_K)
-        last = True
         if GATED:
             gate_acc, up_acc = gemm_gate_and_up(
                 x, w1, 0, tile, M, N, first_k, end_k, stride_x, stride_w1, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION
             )
+            last = True
             if SPLIT_K > 1:
                 store_slice(gate_acc, own_ptr, BLOCK_M, BLOCK_N)
                 store_slice(up_acc, own_ptr + TILE, BLOCK_M, BLOCK_N)
@@ -175,12 +190,8 @@ def few_tokens_kernel(
                 x, w1, 0, tile, M, N, first_k, end_k, stride_x, stride_w1,
                 False, True, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
             )  # fmt: skip
-            if SPLIT_K > 1:
-                store_slice(acc, own_ptr, BLOCK_M, BLOCK_N)
-                last = is_last_slice(stored_ptr, SPLIT_K, USE_TMA)
+            acc, last = sum_if_last(acc, own_ptr, partial_ptr, SLICE, stored_ptr, SPLIT_K, BLOCK_M, BLOCK_N, USE_TMA)
             if last:
-                if SPLIT_K > 1:
-                    acc = sum_of_slices(partial_ptr, SLICE, SPLIT_K, BLOCK_M, BLOCK_N)
                 store_act(
                     acc, act_ptr, pre_act, b1_ptr, 0, tile, M, N,
                     ACTIVATION, HAS_B1, SAVE_PRE_ACT, BLOCK_M, BLOCK_N, False, USE_TMA, False,
@@ -197,13 +208,8 @@ def few_tokens_kernel(
             False, True, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, PRECISION,
         )  # fmt: skip
         leave(ready_ptr, act_tiles, y_tiles * SPLIT_K)
-        last = True
-        if SPLIT_K > 1:
-            store_slice(acc, own_ptr, BLOCK_M, BLOCK_N)
-            last = is_last_slice(stored_ptr, SPLIT_K, USE_TMA)
+        acc, last = sum_if_last(acc, own_ptr, partial_ptr, SLICE, stored_ptr, SPLIT_K, BLOCK_M, BLOCK_N, USE_TMA)
         if last:
-            if SPLIT_K > 1:
-                acc = sum_of_slices(partial_ptr, SLICE, SPLIT_K, BLOCK_M, BLOCK_N)
             if HAS_B2:
                 acc = add_row_vector(acc, b2_ptr, tile_n * BLOCK_N, H, BLOCK_N)
             store_tile(y, acc, 0, tile_n * BLOCK_N, M, H, H, BLOCK_M, BLOCK_N, USE_TMA)

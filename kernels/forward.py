@@ -17,7 +17,17 @@ import torch
 
 from . import _configs
 from ._configs import Config
-from ._launch import Operand, can_address, configuration, fresh, grid, prepared_once, signature
+from ._launch import (
+    Operand,
+    addressable,
+    can_address,
+    check_matrix,
+    configuration,
+    fresh,
+    grid,
+    prepared_once,
+    signature,
+)
 from .activations import GATED_ACTIVATIONS, halves
 from .ffn_few_tokens import ffn_few_tokens
 from .ffn_single_launch import ffn_single_launch
@@ -31,37 +41,12 @@ DEPENDENT_LAUNCHES = ("sm_90", "sm_100")
 
 
 class Choice(NamedTuple):
-    """A form, the configuration that its first launch has (None: nothing to compute), and why it is that form. config2:
-    of linear, where the choice is not left to the tables."""
+    """A form, why it is that one, and the configurations to hand to its launches; None: they ask the tables."""
 
     form: str
-    config: Config | None
     why: str
+    config: Config | None = None
     config2: Config | None = None
-
-
-class _Sizes(NamedTuple):
-    """What follows from the operands: sizes, and the prefix of the kernels' names."""
-
-    M: int
-    N: int
-    K: int
-    H: int
-    gated: str
-    matrices: tuple[Operand, ...]  # x, w1, w2, act, y
-
-
-def _sizes(x: Operand, w1: Operand, w2: Operand, activation: str) -> _Sizes:
-    M, N, H = x.shape[0], w1.shape[0] // halves(activation), w2.shape[0]
-    gated = "gated_" if activation in GATED_ACTIVATIONS else ""
-    return _Sizes(M, N, x.shape[1], H, gated, (x, w1, w2, fresh(M, N, x), fresh(M, H, x)))
-
-
-def few_tokens_config(x: Operand, w1: Operand, w2: Operand, activation: str, arch: str | None = None) -> Config | None:
-    """Return the configuration of a launch for few tokens; None: these are too many, or cannot be addressed by it."""
-    M, N, K, _, gated, matrices = _sizes(x, w1, w2, activation)
-    config = _configs.select_for_few_tokens(f"{gated}few_tokens", x, M, N, K, arch)
-    return config if config is not None and can_address(config, *matrices) else None
 
 
 def forward_form(
@@ -72,56 +57,62 @@ def forward_form(
     arch: str | None = None,
     batch_invariant: bool = False,
     by_torch: bool = True,
+    form: str | None = None,
 ) -> Choice:
-    """Return how forward is launched for these operands on an architecture, by default that of their device."""
+    """Return how forward is launched for these operands on an architecture, by default that of their device; form: one
+    of FORMS instead of the one that the tables choose.
+
+    Raises: ValueError: a form that does not take so many tokens, or one beside batch_invariant; no matrices.
+    """
+    for name, operand in (("x", x), ("w1", w1), ("w2", w2)):
+        check_matrix(f"ffn {name}", operand)
     asked, arch = arch, arch or _configs.arch_of(x.device)
-    M, N, K, H, gated, matrices = _sizes(x, w1, w2, activation)
-    if 0 in (M, N, H):
-        return Choice(TWO, None, f"a dim of size 0: {M} tokens, {N} features, {H} outputs")
+    (M, K), N, H = x.shape, w1.shape[0] // halves(activation), w2.shape[0]
+    gated = "gated_" if activation in GATED_ACTIVATIONS else ""
+    matrices = x, w1, w2, fresh(M, N, x), fresh(M, H, x)
+    if form is not None and batch_invariant:
+        raise ValueError(f"a batch-invariant forward has one form, chosen by the architecture; got form {form!r}")
+    if form is None and 0 in (M, N, H):
+        return Choice(TWO, f"a dim of size 0: {M} tokens, {N} features, {H} outputs")
     if batch_invariant:
         return _batch_invariant(matrices, gated, arch)
-    few = few_tokens_config(x, w1, w2, activation, asked)
-    if few is not None:
-        return Choice(FEW, few, f"{M} tokens are one tile of {few.BLOCK_M} rows")
+    if form in (None, FEW):
+        few = _configs.select_for_few_tokens(f"{gated}few_tokens", x, M, N, K, asked)
+        if few is not None and can_address(few, *matrices):
+            return Choice(FEW, f"{M} tokens are one tile of {few.BLOCK_M} rows", few)
+    if form == FEW:
+        raise ValueError(f"form {form!r} takes at most a tile of tokens, in 16 bits and aligned; got {[*x.shape]}")
+    if form is not None:
+        return Choice(form, "as asked")
     # By the tables' tiles: a measured row says which tiles are best in one launch, not that one launch is.
     tiles = grid(configuration(f"{gated}ffn", None, M, N, K, *matrices, arch=arch), M, N)[0]
-    config = configuration(f"{gated}ffn", None, M, N, K, *matrices, arch=asked)
     one, load = _configs.in_one_launch(arch, tiles)
     why = f"{tiles} tiles of act on {_configs.PROCESSORS[arch]} processors, {load}"
     if one:
-        return Choice(SINGLE, config, why)
+        return Choice(SINGLE, why)
     faster = _configs.faster_by_torch("linear", x, M, H, N, asked) if by_torch else None
     if faster is not None:
-        return Choice(TWO, config, f"{why}; Linear2 by {faster}")
+        return Choice(TWO, f"{why}; Linear2 by {faster}")
     if arch in DEPENDENT_LAUNCHES:
-        return Choice(DEPENDENT, config, why)
-    return Choice(TWO, config, f"{why}; no dependent launches on {arch}")
+        return Choice(DEPENDENT, why)
+    return Choice(TWO, f"{why}; no dependent launches on {arch}")
 
 
 def _batch_invariant(matrices: tuple[Operand, ...], gated: str, arch: str) -> Choice:
     x, w1, w2, act, y = matrices
     why = "batch-invariant: the same launches and tiles for any number of tokens"
+
+    def fixed(kernel: str, *operands: Operand) -> Config:
+        return addressable(kernel, _configs.batch_invariant(kernel, x, arch), *operands)
+
     if _configs.MOST_WAVES[arch]:
-        return Choice(SINGLE, _invariant_config(f"{gated}ffn", arch, *matrices), why)
-    first = _invariant_config(f"{gated}linear_act", arch, x, w1, act)
-    return Choice(TWO, first, why, _invariant_config("linear", arch, act, w2, y))
-
-
-def _invariant_config(kernel: str, arch: str, *operands: Operand) -> Config:
-    config = _configs.batch_invariant(kernel, operands[0], arch)
-    if can_address(config, *operands):
-        return config
-    return _configs.odd_strides(kernel, _configs.arithmetic_of(operands[0].dtype))
+        return Choice(SINGLE, why, fixed(f"{gated}ffn", *matrices))
+    return Choice(TWO, why, fixed(f"{gated}linear_act", x, w1, act), fixed("linear", act, w2, y))
 
 
 @prepared_once
-def _chosen(x, w1, w2, activation, batch_invariant, by_torch, arithmetic) -> Choice:
-    return forward_form(Operand(*x), Operand(*w1), Operand(*w2), activation, None, batch_invariant, by_torch)
-
-
-@prepared_once
-def _few(x, w1, w2, activation, arithmetic) -> Config | None:
-    return few_tokens_config(Operand(*x), Operand(*w1), Operand(*w2), activation)
+def _chosen(x, w1, w2, activation, batch_invariant, by_torch, form, arithmetic) -> Choice:
+    return forward_form(Operand(*x), Operand(*w1), Operand(*w2), activation, None, batch_invariant, by_torch, form)
 
 
 def ffn_forward(
@@ -142,31 +133,25 @@ def ffn_forward(
     batch_invariant: a token's y does not depend on the other tokens, nor on their number, in any bit.
     form: one of FORMS instead of the one that `forward_form` chooses; by_torch: as of `linear`.
 
-    Raises: ValueError: an unknown activation, keep or form, a form that does not take so many tokens; shapes, dtypes,
-    devices or strides that do not fit (the message shows them).
+    Raises: ValueError: an unknown activation, keep or form, a form that does not take so many tokens or that is asked
+    for beside batch_invariant; shapes, dtypes, devices or strides that do not fit (the message shows them).
     """
     if keep not in KEPT or form not in (None, *FORMS):
         raise ValueError(f"keep must be one of {KEPT} and form of {FORMS} or None, got {keep!r} and {form!r}")
     save_pre_act = keep == "pre_act"
     if batch_invariant and (not x.is_contiguous() or x.data_ptr() % 16):
         x = x.clone(memory_format=torch.contiguous_format)  # nor may where x lies choose tiles
-    operands = signature(x), signature(w1), signature(w2), activation
-    arithmetic = _configs.arithmetic_of(x.dtype)
-    config: Config | None = None
-    config2: Config | None = None
-    if form is None:
-        form, config, _, config2 = _chosen(*operands, batch_invariant, by_torch, arithmetic)
-    elif form == FEW:
-        config = _few(*operands, arithmetic)
-        if config is None:  # only where a caller names the form: forward_form chooses it with its row
-            raise ValueError(f"form {form!r} takes at most a tile of tokens, in 16 bits and aligned; got {[*x.shape]}")
-    fixed = config if batch_invariant else None
+    by_torch = by_torch and out_dtype in (None, x.dtype)  # nor does linear call it otherwise
+    form, _, config, config2 = _chosen(
+        signature(x), signature(w1), signature(w2), activation, batch_invariant, by_torch, form,
+        _configs.arithmetic_of(x.dtype),
+    )  # fmt: skip
     if form == FEW and config is not None:
         y, act, pre_act = ffn_few_tokens(x, w1, b1, w2, b2, activation, save_pre_act, config, out_dtype)
     elif form == SINGLE:
-        y, act, pre_act = ffn_single_launch(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, fixed)
+        y, act, pre_act = ffn_single_launch(x, w1, b1, w2, b2, activation, save_pre_act, out_dtype, config)
     else:
         dependent = form == DEPENDENT
-        act, pre_act = linear_act(x, w1, b1, activation, save_pre_act, fixed, has_dependent=dependent)
+        act, pre_act = linear_act(x, w1, b1, activation, save_pre_act, config, has_dependent=dependent)
         y = linear(act, w2, b2, out_dtype, config2, by_torch=by_torch, dependent=dependent)
     return y, act if keep == "act" else pre_act

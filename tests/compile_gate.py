@@ -37,6 +37,7 @@ from tpffn_triton.kernels import (
     matmul,
     weight_grads,
 )
+from tpffn_triton.kernels._config import PLAIN_GEMMS
 from tpffn_triton.kernels._configs import KERNELS, PRECISION, TABLES, Config
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, kernel_activation
 from tpffn_triton.kernels.forward import DEPENDENT_LAUNCHES
@@ -122,7 +123,7 @@ class Variant(NamedTuple):
 
 def activations_of(kernel: str) -> tuple:
     """Return the activations of a kernel."""
-    if kernel in ("linear", "dgrad", "wgrad", "weight_grads"):
+    if kernel in PLAIN_GEMMS:
         return (None,)
     return tuple(GATED_ACTIVATIONS) if kernel.startswith("gated") else PLAIN_ACTIVATIONS
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tpffn_triton.kernels._config import ARITHMETICS
 from tpffn_triton.kernels._configs import KERNELS, TABLES, Config, odd_strides
 
 ENFORCED = ("sm_80", "sm_90")
@@ -30,7 +31,7 @@ with nothing; the first row and the odd one, in two ways, also with the other ac
 def configurations(arch: str) -> Iterator[tuple[str, str, Config, bool]]:
     """Yield (kernel, arithmetic, config, aligned) for all rows of an architecture."""
     for kernel in KERNELS:
-        for arithmetic in ("16bit", "tf32", "ieee"):
+        for arithmetic in ARITHMETICS:
             yield from ((kernel, arithmetic, config, True) for config in TABLES[arch].get((kernel, arithmetic), ()))
             if not kernel.endswith("few_tokens"):  # what it cannot address goes to another kernel
                 yield kernel, arithmetic, odd_strides(kernel, arithmetic), False

@@ -45,7 +45,7 @@ MUTANTS = {
     "kernels/_launch.py": [
         (
             "tiles by the stride of a single row",
-            "if shape[0] == 1 and len(shape) == 2:",
+            "if len(shape) == 2 and shape[0] == 1:",
             "if False:",
             INVARIANT.format("single_row"),
         ),
@@ -103,8 +103,8 @@ MUTANTS = {
         ("tiles by where x lies", "x.data_ptr() % 16", "False", INVARIANT.format("every_launch")),
         (
             "the tables' tiles in a batch-invariant launch",
-            "fixed = config if batch_invariant else None",
-            "fixed = None",
+            "save_pre_act, out_dtype, config)\n    else",
+            "save_pre_act, out_dtype)\n    else",
             INVARIANT.format("every_launch"),
         ),
         (
@@ -113,9 +113,21 @@ MUTANTS = {
             "*matrices, arch=asked), M, N)[0]",
             TUNED.format("change_the_form"),
         ),
+        (
+            "torch's GEMM waited for where it is not called",
+            "by_torch = by_torch and out_dtype in (None, x.dtype)",
+            "by_torch = bool(by_torch)",
+            TUNED.format("whose_gemm"),
+        ),
         ("dependent launch that waits for torch", "if faster is not None:", "if False:", TUNED.format("explain_names")),
     ],
     "tpffn_triton/native.py": [
+        (
+            "bits by what backward keeps",
+            "linear_act(rows, w1, b1, activation, True)",
+            'linear_act(rows, w1, b1, activation, keep == "pre_act")',
+            INVARIANT.format("'bits_of_a_token and bfloat16'"),
+        ),
         (
             "y a view of padded rows",
             "torch.cat([*parts[:-1], parts[-1][:last]])",
@@ -130,6 +142,12 @@ MUTANTS = {
         ),
     ],
     "tpffn_triton/passes.py": [
+        (
+            "vmap refused once y is computed",
+            "if call.batch_invariant and call.group is not None:\n        for",
+            "if False:\n        for",
+            INVARIANT.format("over_ranks"),
+        ),
         (
             "ring all-reduce in a batch-invariant forward",
             "_sum_in_order(y, call) if call.batch_invariant else wait(_start_sum(y, call))",

@@ -22,6 +22,7 @@ TICKET = 'tl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")'
 TICKETS = "tl.cdiv(M, BLOCK_M) * (act_tiles + y_tiles)"
 TICKET_RESET = 'tl.atomic_xchg(counters_ptr, 0, sem="relaxed", scope="gpu")'
 COUNT_SLICE = 'tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")'
+HALF = "acc = sum_of_slices(partial_ptr, BLOCK_M * BLOCK_N,"
 LAST_SLICE = "last = before == SPLIT_K - 1"
 RESET_SLICES = 'tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")'
 PUBLISHED = "        publish(counter_ptr, USE_TMA)\n"
@@ -78,6 +79,12 @@ MUTANTS = {
         ("slices counted for ever", RESET_SLICES, "pass", SIMULATOR_OF_FEW),
         ("slices in one place", "partial_ptr + part * SLICE", "partial_ptr", SIMULATOR_OF_FEW),
         ("tiles' slices in one place", "tile.to(tl.int64) * (SPLIT_K", "0 * (SPLIT_K", SIMULATOR_OF_FEW),
+        (
+            "slices apart by half of what they are",
+            "acc = sum_of_slices(partial_ptr, stride,",
+            HALF,
+            FEW.format("exact"),
+        ),
         ("slices of one counter for all tiles", "counters_ptr + 2 + tile", "counters_ptr + 2", SIMULATOR_OF_FEW),
         ("few tokens: no wait", "        wait_for_tiles(ready_ptr, act_tiles, USE_TMA)\n", "", SIMULATOR_OF_FEW),
         (
@@ -141,6 +148,7 @@ MUTANTS = {
             "if rows // 2 <= row.BLOCK_M]",
             FEW.format("the_row"),
         ),
+        ("slices by the tiles of act alone", "min(cols, inner)", "cols", FEW.format("the_row")),
         ("slices where tiles suffice", "config.SPLIT_K >= 0.75 *", "config.SPLIT_K >= 1.5 *", FEW.format("the_row")),
     ],
     "kernels/_counters.py": [
@@ -173,7 +181,7 @@ MUTANTS = {
     ],
     "kernels/forward.py": [
         ("one launch up to one tile less", "in_one_launch(arch, tiles)", "in_one_launch(arch, tiles + 1)", FORMS),
-        ("empty sizes in one launch", "if 0 in (M, N, H):", "if 0 in (M, N):", FORMS),
+        ("empty sizes in one launch", "and 0 in (M, N, H):", "and 0 in (M, N):", FORMS),
         ("dependent launches on any architecture", "if arch in DEPENDENT_LAUNCHES:", "if True:", FORMS),
         ("unknown form accepted", "form not in (None, *FORMS)", "False", FORMS),
         ("pre_act kept for act", 'act if keep == "act" else pre_act', "pre_act", FORMS),

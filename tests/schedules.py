@@ -1,6 +1,7 @@
 """Run one launch of both GEMMs in one simulated schedule, and compare it with the two launches that it replaces, or,
 for few tokens, whose reductions may be split, with itself where nothing interleaves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from tpffn_triton.kernels.matmul import linear
 # Row blocks of 32: three, then two with another one's remainder, then two that are full; three tiles of act, two of y.
 TOKENS = (70, 33, 64)
 K, N, H = 40, 72, 48
+TILES = 5  # of act and y, a row block
 
 
 def weights(activation: str) -> tuple:
@@ -40,53 +42,46 @@ def two_launches(x, w1, b1, w2, b2, activation, save_pre_act, config) -> tuple:
 
 @dataclass
 class Case:
-    """A configuration, and what three launches of it give, of TOKENS tokens one after the other."""
+    """A configuration, and what three launches of it give, one after the other."""
 
     activation: str
     config: Config
     save_pre_act: bool
+    tokens_of_launches: tuple[int, ...] = TOKENS
 
     def __post_init__(self) -> None:
         self.weights = weights(self.activation)
-        options = (self.activation, self.save_pre_act, self.config)
-        self.expected = [two_launches(tokens(M), *self.weights, *options) for M in TOKENS]
+        self.expected = [self.expect(M) for M in self.tokens_of_launches]
 
-    def check(self, ffn_single_launch, counters: ModuleType, seed: int, resident: int | None, **options) -> None:
-        """Run one schedule. Raises: a Fault of the simulator; AssertionError: other results, or counters that are not
-        zero afterwards."""
-        order = "random" if seed % 2 else "ascending"
-        config = replace(self.config, GROUP_M=8 if seed // 2 % 2 else 1)
+    def expect(self, M: int) -> tuple:
+        """Return (y, act, pre_act or None)."""
+        return two_launches(tokens(M), *self.weights, self.activation, self.save_pre_act, self.config)
+
+    def config_of(self, seed: int) -> Config:
+        """Return the configuration of a schedule."""
+        return replace(self.config, GROUP_M=8 if seed // 2 % 2 else 1)
+
+    def check(self, ffn: Callable, counters: ModuleType, seed: int, resident: int | None, **options) -> None:
+        """Run one schedule of a launcher. Raises: a Fault of the simulator; AssertionError: other results, or counters
+        that are not zero afterwards."""
+        order, config = "random" if seed % 2 else "ascending", self.config_of(seed)
         with Simulation(seed=seed, resident=resident, order=order, **options) as simulation:
-            for M, expected in zip(TOKENS, self.expected, strict=True):
-                results = ffn_single_launch(tokens(M), *self.weights, self.activation, self.save_pre_act, config=config)
+            for M, expected in zip(self.tokens_of_launches, self.expected, strict=True):
+                results = ffn(tokens(M), *self.weights, self.activation, self.save_pre_act, config=config)
                 assert_same(results, expected)
                 assert not any(kept.any() for kept in counters._of_stream.values())
-        assert simulation.switches >= sum(-(-M // 32) for M in TOKENS) * 5 - 1  # one a program, at least
-
-
-# One row block of 32; five tiles of act and y together, of which slices may be empty.
-FEW = (20, 7, 32)
+        programs = sum(-(-M // 32) for M in self.tokens_of_launches) * TILES * config.SPLIT_K
+        assert simulation.switches >= programs - 1  # one a program, at least
 
 
 @dataclass
-class FewTokens:
-    """The same as Case of the launch for few tokens, of FEW tokens one launch after the other."""
+class FewTokens(Case):
+    """The same of the launch for few tokens: one row block, whose slices may be empty."""
 
-    activation: str
-    config: Config
-    save_pre_act: bool
+    tokens_of_launches: tuple[int, ...] = (20, 7, 32)
 
-    def __post_init__(self) -> None:
-        self.weights = weights(self.activation)
-        self.options = (self.activation, self.save_pre_act, self.config)
-        self.expected = [ffn_few_tokens(tokens(M), *self.weights, *self.options) for M in FEW]
+    def expect(self, M: int) -> tuple:
+        return ffn_few_tokens(tokens(M), *self.weights, self.activation, self.save_pre_act, self.config)
 
-    def check(self, ffn_few_tokens, counters: ModuleType, seed: int, resident: int | None, **options) -> None:
-        """As Case.check."""
-        order = "random" if seed % 2 else "ascending"
-        with Simulation(seed=seed, resident=resident, order=order, **options) as simulation:
-            for M, expected in zip(FEW, self.expected, strict=True):
-                results = ffn_few_tokens(tokens(M), *self.weights, *self.options)
-                assert_same(results, expected)
-                assert not any(kept.any() for kept in counters._of_stream.values())
-        assert simulation.switches >= len(FEW) * 5 * self.config.SPLIT_K - 1  # one a program, at least
+    def config_of(self, seed: int) -> Config:
+        return self.config

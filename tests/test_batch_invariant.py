@@ -46,6 +46,11 @@ def test_bits_of_a_token(activation, dtype, device):
         return tp.ffn(x, *problem.leaves()[1:], activation=activation, batch_invariant=True)
 
     assert not rows_differ(call, problem.x)
+    y = call(problem.x)
+    for leaf in problem.leaves():  # nor may it matter what backward keeps
+        leaf.requires_grad_()
+        assert torch.equal(call(problem.x), y)
+        leaf.requires_grad_(False)
 
 
 @pytest.mark.cpu_only
@@ -138,6 +143,9 @@ def of_ranks(rank, world_size, implementation, dtype):
         return tp.ffn(x, w1, w2, b1, b2, tp_group=dist.group.WORLD, batch_invariant=True)
 
     assert_all_accurate(ours(problem, *place, batch_invariant=True), eager(problem, *place), exact(problem, *place[:2]))
+    with count_launches() as launches, pytest.raises(RuntimeError, match=r"vmap over .* batch_invariant"):
+        torch.func.vmap(call)(problem.x[None])
+    assert not launches
     return rows_differ(call, problem.x, (2, 33, 64)), call(problem.x)
 
 

@@ -98,11 +98,19 @@ def test_what_it_prints():
     assert json.loads(json.dumps(explanation.to_dict()))["arch"] == "sm_90"
 
 
+def test_reasons_are_those_of_the_launches_shown():
+    chunks = tp.explain((16, 8192), 28672, world_size=8, forward_chunks=4, arch="sm_90")
+    assert "few_tokens" not in str(chunks)
+    assert "measured on this GPU" not in str(chunks), "an architecture that is only named"
+    invariant = tp.explain((16, 8192), 28672, batch_invariant=True, arch="sm_90")
+    assert invariant.reasons["tiles of forward"].startswith("the first row of the table of at most 64 columns")
+
+
 def test_what_it_prints_of_few_tokens():
     explanation = tp.explain((16, 8192), 28672, world_size=8, arch="sm_90")
     assert explanation.launches[0].kernel == "few_tokens"
     assert "forward: few tokens; 16 tokens are one tile of 16 rows" in str(explanation)
-    assert "tiles of few_tokens: what was measured; else the least tall row" in str(explanation)
+    assert "tiles of few_tokens: the least tall row" in str(explanation)
     assert "in 4 slices" in str(tp.explain((16, 8192), 512, arch="sm_90"))
     assert "few_tokens" not in str(tp.explain((65, 8192), 3584, arch="sm_90"))
 

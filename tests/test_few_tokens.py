@@ -160,12 +160,14 @@ def test_the_row_is_the_least_tall_that_fits_and_fills_the_gpu(kernel, arch):
             config = _configs.select_for_few_tokens(kernel, like, M, cols, 8192, arch)
             assert min(row.BLOCK_M for row in rows if row.BLOCK_M >= M) == config.BLOCK_M
             tall = [row for row in rows if row.BLOCK_M == config.BLOCK_M]
-            programs = [-(-cols // row.BLOCK_N) * row.SPLIT_K for row in tall]
+            programs = [-(-min(cols, 8192) // row.BLOCK_N) * row.SPLIT_K for row in tall]
             enough = [row for row, n in zip(tall, programs, strict=True) if n >= 0.75 * _configs.PROCESSORS[arch]]
             assert config == (enough or tall[-1:])[0]
     # A wide layer needs no slices, a narrow one does.
     assert _configs.select_for_few_tokens(kernel, like, 1, 16384, 8192, arch).SPLIT_K == 1
     assert _configs.select_for_few_tokens(kernel, like, 1, 512, 8192, arch).SPLIT_K > 1
+    # So does one that is wide inside: y has few tiles.
+    assert _configs.select_for_few_tokens(kernel, like, 1, 16384, 1024, arch).SPLIT_K > 1
     assert _configs.select_for_few_tokens(kernel, like, 65, 3584, 8192, arch) is None
     assert _configs.select_for_few_tokens(kernel, like.float(), 1, 3584, 8192, arch) is None
 

@@ -286,6 +286,7 @@ def test_launches_repeat_bit_for_bit(device):
             lambda t: linear_dact(t(4, 8), t(8, 6), t(4, 7), "gelu", True, True),
             r"expected contiguous \(4, 6\)",
         ),
+        (lambda t: linear(t(), t(6, 8), None), r"expected a 2-D tensor .* got \(\)"),
         (lambda t: column_sum(t(4)), r"expected a 2-D tensor .* got \(4,\)"),
         (lambda t: linear_act(t(4, 8), t(6, 8), None, "gulu", False), "must be one of .* got 'gulu'"),
         (

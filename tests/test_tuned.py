@@ -12,11 +12,11 @@ from kernel_cases import TINY, randn
 
 import tpffn_triton as tp
 from tpffn_triton import interpreter
-from tpffn_triton.kernels import _configs, _launch, _tuned, matmul
+from tpffn_triton.kernels import _configs, _launch, _tuned, forward, matmul
 from tpffn_triton.kernels._config import Config
 from tpffn_triton.kernels._configs import MOST_WAVES, PROCESSORS
 from tpffn_triton.kernels._launch import Operand
-from tpffn_triton.kernels.forward import DEPENDENT, SINGLE, TWO, forward_form
+from tpffn_triton.kernels.forward import DEPENDENT, SINGLE, TWO, ffn_forward, forward_form
 from tpffn_triton.kernels.matmul import dgrad, linear, linear_into, wgrad
 
 pytestmark = pytest.mark.cpu_only
@@ -190,7 +190,8 @@ def test_measured_tiles_do_not_change_the_form(write, on_a_gpu):
     assert forward_form(*operands, "gelu").form == SINGLE
     tp.load_tuning(write([row("ffn", (M, 128, 64), config_of(BLOCK_M=128, BLOCK_N=64))]))
     choice = forward_form(*operands, "gelu")
-    assert (choice.form, choice.config.BLOCK_N) == (SINGLE, 64)
+    launched = _launch.configuration("ffn", choice.config, M, 128, 64, *operands, of(M, 128), of(M, 64))
+    assert (choice.form, launched.BLOCK_N) == (SINGLE, 64)
 
 
 def test_every_field_has_its_range():
@@ -199,7 +200,10 @@ def test_every_field_has_its_range():
 
 
 def test_shipped_files_fit():
-    for path in _tuned.FOLDER.glob("*.json"):
+    paths = [*_tuned.FOLDER.glob("*.json")]
+    if not paths:
+        pytest.skip("no measurements are shipped yet")
+    for path in paths:
         data = json.loads(path.read_text())
         assert path == _tuned.file_of(data["device"])
         for entry in data["rows"]:
@@ -253,6 +257,18 @@ def test_plain_gemms_go_to_torch_where_it_was_faster(by_torch, gemms):
     linear(a, w, b, torch.float32)
     matmul.wgrad_accumulate(torch.zeros(48, 64), dy, a)
     assert len(gemms) == 4
+
+
+def test_the_form_follows_whose_gemm_it_is(by_torch, monkeypatch):
+    """Partial sums in fp32 are no GEMM of torch's: Linear2 then waits for Linear1 as where nothing was measured."""
+    args = [t.to(torch.bfloat16) for t in (torch.ones(80, 32), torch.ones(64, 32), torch.ones(32, 64))]
+    x, w1, w2 = args
+    monkeypatch.setitem(_configs.MOST_WAVES, "sm_90", 0)
+    calls, second = [], forward.linear
+    monkeypatch.setattr(forward, "linear", lambda *args, **kwargs: calls.append(kwargs) or second(*args, **kwargs))
+    for out_dtype in (None, torch.bfloat16, torch.float32):
+        ffn_forward(x, w1, None, w2, None, "gelu", "nothing", out_dtype)
+    assert [call["dependent"] for call in calls] == [False, False, True]
 
 
 def test_a_layer_whose_gemms_go_to_torch(by_torch, gemms, monkeypatch):

@@ -82,7 +82,7 @@ def start_all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     Raises: ValueError: t is not contiguous. RuntimeError: under torch.func.vmap. CollectiveError: it failed.
     """
     _check_contiguous("all-gather", t)
-    _check_not_batched("all-gather", t)
+    check_not_batched("an all-gather", t)
     return _start("all-gather", group, torch.ops._c10d_functional.all_gather_into_tensor, t, group.size())
 
 
@@ -93,7 +93,7 @@ def start_reduce_scatter(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     under torch.func.vmap. CollectiveError: it failed.
     """
     _check_contiguous("reduce-scatter", t)
-    _check_not_batched("reduce-scatter", t)
+    check_not_batched("a reduce-scatter", t)
     check_splits(t, group.size())
     reduce_scatter_tensor = torch.ops._c10d_functional.reduce_scatter_tensor
     return _start("reduce-scatter", group, reduce_scatter_tensor, t, "sum", group.size())
@@ -167,10 +167,11 @@ def check_splits(t: Tensor, world_size: int) -> None:
         )
 
 
-def _check_not_batched(name: str, t: Tensor) -> None:
+def check_not_batched(name: str, t: Tensor) -> None:
+    """Raises: RuntimeError: t is batched by torch.func.vmap."""
     if not torch.compiler.is_compiling() and is_batchedtensor(t):
         # It would stack the results of the batch's elements before they have arrived.
-        raise RuntimeError(f"torch.func.vmap over sequence parallelism: it does not know how to batch its {name}")
+        raise RuntimeError(f"torch.func.vmap over sequence_parallel or batch_invariant: it cannot batch {name}")
 
 
 def _check_contiguous(name: str, t: Tensor) -> None:

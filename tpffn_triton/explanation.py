@@ -18,7 +18,7 @@ from tpffn_triton.kernels._tuned import TORCH_INSTEAD
 from tpffn_triton.kernels.activations import GATED_ACTIVATIONS, halves
 from tpffn_triton.kernels.column_sum import BLOCK_N as SUMMED_COLUMNS
 from tpffn_triton.kernels.column_sum import ROWS_PER_PROGRAM
-from tpffn_triton.kernels.forward import FEW, SINGLE, few_tokens_config, forward_form
+from tpffn_triton.kernels.forward import FEW, SINGLE, forward_form
 from tpffn_triton.kernels.linear_dact import PARTIAL_ROWS
 from tpffn_triton.kernels.weight_grads import SUM_COLS, form_of
 from tpffn_triton.plan_report import align
@@ -120,18 +120,21 @@ def explain(
     forward, why_forward = shard.forward(chunks=forward_chunks if world_size > 1 else 1)
     backward, why_backward = shard.backward(save == "nothing", sequence_parallel and world_size > 1)
     launches = (*forward, *backward)
+    measured = "what was measured on this GPU; else " if shard.arch is None else ""
     reasons = {
         "forward": why_forward,
         "backward": why_backward,
-        "tiles": "what was measured on this GPU; else the first row of the table that is not much taller than its "
-        "output and fills three quarters of the "
-        "processors, else the last; where 16 bytes of an operand's row cannot be copied at once, the row for that",
+        "tiles": measured + "the first row of the table that is not much taller than its output and fills three "
+        "quarters of the processors, else the last; where 16 bytes of an operand's row cannot be copied at once, the "
+        "row for that",
     }
-    if shard.choice.form == FEW:
+    if any(row.kernel == "few_tokens" for row in launches):
         reasons["tiles of few_tokens"] = (
-            "what was measured; else the least tall row that all tokens fit in, in slices where its tiles fill less "
-            "than three quarters of the processors"
+            measured + "the least tall row that all tokens fit in, in slices where its tiles of act or of y fill "
+            "less than three quarters of the processors"
         )
+    if batch_invariant:
+        reasons["tiles of forward"] = "the first row of the table of at most 64 columns, whatever the number of tokens"
     if any(row.config is not None and row.config.origin == "compiles" for row in launches):
         reasons["origin compiles"] = "it compiles (docs/compiled.md); its speed is not measured"
     return Explanation(f"{size}, on {arch}: {PROCESSORS[arch]} processors", arch, launches, reasons)
@@ -167,7 +170,8 @@ class Shard:
         self._w1, self._w2 = fresh(W, H, like), fresh(H, F, like)
         self._act, self._d_pre = fresh(M, F, like), fresh(M, W, like)
         self._of_gradients = self._d_pre, self._x, self._y, self._act, self._w1, self._w2
-        self.choice = forward_form(self._x, self._w1, self._w2, activation, self.arch, batch_invariant)
+        self._inputs = self._x, self._w1, self._w2, activation, self.arch
+        self.choice = forward_form(*self._inputs, batch_invariant)
         self.gradients = form_of(*self._of_gradients, arch=self.arch)
 
     def _launch(
@@ -190,41 +194,32 @@ class Shard:
         config = configuration(name, config, rows, cols, inner, *operands, out, arch=self.arch)
         return KernelLaunch(pass_, kernel, computes, config, grid(config, rows, cols)[0])
 
-    def _config_of_one_launch(self, form: str) -> Config | None:
-        """Return the row of a form of one launch; None: it is another form, or there is nothing to compute."""
-        if form == self.choice.form:
-            return self.choice.config if form in (FEW, SINGLE) else None
-        x, w1, w2, act, y = self._x, self._w1, self._w2, self._act, self._y
-        if form == FEW:
-            return few_tokens_config(x, w1, w2, self.activation, self.arch)
-        if form == SINGLE and 0 not in (*act.shape, *y.shape):
-            name = f"{self._gated}ffn"
-            return configuration(name, None, act.shape[0], act.shape[1], x.shape[1], x, w1, w2, act, y, arch=self.arch)
-        return None
-
     def forward(self, chunks: int = 1, form: str | None = None) -> tuple[list[KernelLaunch], str]:
         """Return the launches of forward, and why the tables choose theirs; form: one of forward.FORMS instead, of a
-        single chunk."""
-        act, y = self._act, self._y
+        single chunk. Raises: ValueError: a form that does not take these operands."""
+        if chunks > 1:
+            return self._forward_by_chunks(chunks), "a launch a chunk; each is all-reduced behind the next one's"
+        x, w1, w2, act, y = matrices = self._x, self._w1, self._w2, self._act, self._y
         why = f"{self.choice.form}; {self.choice.why}"
-        config = self._config_of_one_launch(form or self.choice.form) if chunks == 1 else None
-        if config is not None:
-            programs = (grid(config, *act.shape)[0] + grid(config, *y.shape)[0]) * config.SPLIT_K
-            kernel = "few_tokens" if (form or self.choice.form) == FEW else "ffn"
+        form, _, config, config2 = self.choice if form is None else forward_form(*self._inputs, form=form)
+        if form in (FEW, SINGLE):
+            kernel = "few_tokens" if form == FEW else "ffn"
+            M, F = act.shape
+            config = configuration(f"{self._gated}{kernel}", config, M, F, x.shape[1], *matrices, arch=self.arch)
+            programs = (grid(config, M, F)[0] + grid(config, *y.shape)[0]) * config.SPLIT_K
             return [KernelLaunch("forward", kernel, "act, y", config, programs)], why
-        second = self.choice.config2
-        first = self.choice.config if second is not None else None
-        linear_act = self._launch("forward", "linear_act", "act", act, self._x, self._w1, config=first)
-        if chunks == 1:
-            return [linear_act, self._launch("forward", "linear", "y", y, act, self._w2, config=second)], why
-        (M, H), F = y.shape, act.shape[1]
+        linear_act = self._launch("forward", "linear_act", "act", act, x, w1, config=config)
+        return [linear_act, self._launch("forward", "linear", "y", y, act, w2, config=config2)], why
+
+    def _forward_by_chunks(self, chunks: int) -> list[KernelLaunch]:
+        (M, H), F = self._y.shape, self._act.shape[1]
+        launches = [self._launch("forward", "linear_act", "act", self._act, self._x, self._w1)]
         rows = rows_of_a_chunk(M, chunks)
-        linears = []
         for start in range(0, M, rows):
             part = min(rows, M - start)
-            chunk, out = fresh(part, F, act), fresh(part, H, y)
-            linears.append(self._launch("forward", "linear", f"y[{start}:{start + part}]", out, chunk, self._w2))
-        return [linear_act, *linears], "a launch a chunk; each is all-reduced behind the next one's"
+            chunk, out = fresh(part, F, self._act), fresh(part, H, self._y)
+            launches.append(self._launch("forward", "linear", f"y[{start}:{start + part}]", out, chunk, self._w2))
+        return launches
 
     def backward(
         self, recompute: bool = False, sequence_parallel: bool = False, at_once: bool | None = None

@@ -86,14 +86,29 @@ def ffn_forward(
     return linear(act, w2, b2, out_dtype), act if keep == "act" else pre_act
 
 
-def _by_blocks(x: Tensor, *args) -> tuple[Tensor, Tensor | None]:
+def _by_blocks(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    keep: str,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
     """Do what ffn_forward does, ROWS_OF_A_BLOCK tokens at a time, the last ones beside zeros: a BLAS chooses its
-    kernel, and with it the order of its sums, by the GEMM's shape."""
+    kernel, and with it the order of its sums, by the GEMM's shape. Whatever backward keeps, pre_act is rounded: not by
+    oneDNN's activation, for a token's bits would depend on whether a gradient is wanted."""
+
+    def of_block(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        act, pre_act = linear_act(rows, w1, b1, activation, True)
+        return linear(act, w2, b2, out_dtype), {"pre_act": pre_act, "act": act}.get(keep)
+
     tokens = x.shape[0]
     blocks = max(1, -(-tokens // ROWS_OF_A_BLOCK))
     padded = x.new_zeros((blocks * ROWS_OF_A_BLOCK, x.shape[1]))
     padded[:tokens] = x
-    results = [ffn_forward(block, *args) for block in padded.split(ROWS_OF_A_BLOCK)]
+    results = [of_block(block) for block in padded.split(ROWS_OF_A_BLOCK)]
     last = tokens - (blocks - 1) * ROWS_OF_A_BLOCK
 
     def joined(parts: list) -> Tensor | None:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tpffn_triton import ops
 from tpffn_triton.agreement import agree_on_gradient
-from tpffn_triton.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
+from tpffn_triton.collectives import check_not_batched, start_all_gather, start_all_reduce, start_reduce_scatter, wait
 from tpffn_triton.cost_model import rows_of_a_chunk
 
 
@@ -105,6 +105,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and pre_act or act, whichever backward is to keep."""
     activation, keep, dtype = call.activation, call.keep, call.dtype
+    if call.batch_invariant and call.group is not None:
+        for t in (x, w1, w2, b1, b2):
+            if t is not None:
+                check_not_batched("an all-gather", t)  # of y, but before y is computed
     kernels = ops.kernels(x, w1, w2, b1, b2)
     b1, b2 = as_vector(b1, dtype), as_vector(b2, dtype)
     tokens = as_rows(x, dtype)
@@ -146,7 +150,7 @@ def _sum_in_order(partial: Tensor, call: Call) -> Tensor:
     """Add the ranks' partial sums [M, H] in fp32, from rank 0 on. A ring adds a message's parts in different orders,
     and where they begin depends on M."""
     parts = wait(start_all_gather(partial, call.group)).unflatten(0, (call.group.size(), -1)).unbind()
-    total = parts[0].to(torch.promote_types(partial.dtype, torch.float32))
+    total = parts[0].float()
     for part in parts[1:]:
         total = total + part
     return total
