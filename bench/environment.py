@@ -82,12 +82,22 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return {package: _megatron_core() if package == "megatron-core" else _version(package) for package in packages}
 
 
-def kernels_digest() -> str:
-    """Return a digest of the kernels' sources, which may be changed without a commit."""
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted((checkout.ROOT / "kernels").glob("*.py")):
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def kernels_digest() -> str:
+    """Return a digest of the kernels' sources, which may be changed without a commit."""
+    return _digest((checkout.ROOT / "kernels").glob("*.py"))
+
+
+def tuned_digest() -> str | None:
+    """Return a digest of what bench/tune.py has written, which decides what is launched; None: nothing."""
+    paths = [*(checkout.ROOT / "kernels" / "tuned").glob("*.json")]
+    return _digest(paths) if paths else None
 
 
 def describe(rank: Rank) -> dict[str, Any]:

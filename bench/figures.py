@@ -1,5 +1,6 @@
 """Draw without a display, and write what was drawn."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ def pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def legend(figure: Any, axes: Iterable[Any], **options: Any) -> None:
+    """Put one legend of all axes' labels, each once, below a figure; options: its legend's."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False, **options)
 
 
 def write(figure: Any, path: Path, **options: Any) -> None:

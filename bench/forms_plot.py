@@ -22,12 +22,10 @@ def plot(rows: list[Row], path: Path) -> None:
     plt = figures.pyplot()
     by_mode = {mode: [*group] for mode, group in groupby(sorted(rows, key=_mode), key=_mode)}
     figure, axes = plt.subplots(1, len(by_mode), figsize=(5.2 * len(by_mode), 4.6), squeeze=False, layout="constrained")
-    handles: dict[str, Any] = {}
     for axis, (mode, of_mode) in zip(axes.flat, by_mode.items(), strict=True):
         _panel(axis, of_mode)
         axis.set_title(_TITLES[mode], fontsize=10)
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figures.legend(figure, axes.flat, ncols=2, fontsize=8)
     first = rows[0]
     interpreted = ", INTERPRETED: these times mean nothing" if first["triton_interpret"] else ""
     how = f"{', graph' if first['graph'] else ''}, L2 {'warm' if first['warm_l2'] else 'cold'}"

@@ -10,6 +10,8 @@ from ranks import Rank
 from steps import Step
 from torch import Tensor
 
+ErrorOf = Callable[[Tensor, Tensor], Tensor]
+
 
 def error_bound(dtype: str, activation: str) -> float:
     """Return the max_rel_err above which an implementation is refused.
@@ -34,8 +36,24 @@ def matmul_precision(dtype: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def relative_errors(step: Step, reference: dict[str, Tensor], rank: Rank) -> dict[str, float]:
-    """Run step; return ‖out − ref‖ / ‖ref‖ (Frobenius) of each of its tensors, the largest over ranks.
+def frobenius_error(off: Tensor, reference: Tensor) -> Tensor:
+    """Return ‖off‖ / ‖ref‖ (Frobenius)."""
+    return off.norm() / reference.norm()
+
+
+def worst_row_error(off: Tensor, reference: Tensor) -> Tensor:
+    """Return the largest ‖off‖ of a row over the root mean square of ‖ref‖ of the rows; a vector is one row.
+
+    At least the Frobenius error, in which one wrong row of many thousands is lost.
+    """
+    rows, of_reference = (t.reshape(-1, t.shape[-1]).norm(dim=1) for t in (off, reference))
+    return rows.max() / of_reference.square().mean().sqrt()
+
+
+def relative_errors(
+    step: Step, reference: dict[str, Tensor], rank: Rank, error_of: ErrorOf = frobenius_error
+) -> dict[str, float]:
+    """Run step; return the relative error of each of its tensors, the largest over ranks.
 
     Infinite: a tensor that is missing, of another shape, or not finite.
     """
@@ -49,7 +67,7 @@ def relative_errors(step: Step, reference: dict[str, Tensor], rank: Rank) -> dic
             local.append(float("inf"))
         else:
             off = outputs[name].double() - reference[name]
-            local.append((off.norm() / reference[name].norm()).item())
+            local.append(error_of(off, reference[name]).item())
     step.reset()
     return dict(zip(names, rank.maxima(local), strict=True))
 
@@ -68,7 +86,14 @@ class Checked:
     refused: str | None = None
 
 
-def checked(what: str, make: Callable[[], Step], reference: dict[str, Tensor], bound: float, rank: Rank) -> Checked:
+def checked(
+    what: str,
+    make: Callable[[], Step],
+    reference: dict[str, Tensor],
+    bound: float,
+    rank: Rank,
+    error_of: ErrorOf = frobenius_error,
+) -> Checked:
     """Make a step and compare it with the reference; what: how a refusal names it.
 
     A step that raises, here or where it runs first, is refused as a wrong one is. For ranks without a group: with one,
@@ -76,7 +101,7 @@ def checked(what: str, make: Callable[[], Step], reference: dict[str, Tensor], b
     """
     try:
         step = make()
-        errors = relative_errors(step, reference, rank)
+        errors = relative_errors(step, reference, rank, error_of)
     except Exception as failure:
         traceback.print_exc()
         return Checked(None, {}, f"{what} failed: {type(failure).__name__}: {failure}")

@@ -22,7 +22,7 @@ sequence parallelism they are gather and reduce-scatter, and the gathered x is k
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import checkout  # noqa: F401
 import megatron_peer
@@ -43,6 +43,7 @@ from tpffn_triton.regions import (
     reduce_scatter_to_sp_region,
 )
 
+T = TypeVar("T")
 Group = dist.ProcessGroup | None
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Group], Tensor]
 Linear = Callable[..., Tensor]
@@ -159,14 +160,24 @@ IMPLEMENTATIONS = {
 }
 
 
+def here(
+    known: Mapping[str, T], names: tuple[str, ...] | None, what: str, against: Callable[[T], str | None]
+) -> list[T]:
+    """Return the named ones of those that are known, or with None all that are here; against: says why one is not.
+
+    Raises: ValueError: a named one is not here; says why, and what it is.
+    """
+    wanted = {name: one for name, one in known.items() if names is None or name in names}
+    reasons = {name: against(one) for name, one in wanted.items()}
+    for name, reason in reasons.items() if names else ():
+        if reason:
+            raise ValueError(f"{what} {name} {reason}")
+    return [one for name, one in wanted.items() if reasons[name] is None]
+
+
 def chosen(names: tuple[str, ...] | None, device_type: str, dtype: str) -> list[Implementation]:
     """Return the named implementations, or with None all that run here, the baseline first.
 
     Raises: ValueError: a named one does not run with this device type and dtype, or here at all; says why.
     """
-    wanted = [i for i in IMPLEMENTATIONS.values() if names is None or i.name in names]
-    reasons = {i.name: i.reason_against(device_type, dtype) for i in wanted}
-    for name, reason in reasons.items() if names else ():
-        if reason:
-            raise ValueError(f"implementation {name} {reason}")
-    return [i for i in wanted if reasons[i.name] is None]
+    return here(IMPLEMENTATIONS, names, "implementation", lambda known: known.reason_against(device_type, dtype))

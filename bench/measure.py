@@ -26,7 +26,7 @@ import timing
 import workloads
 from exchanged_launchers import launched_by
 from gate import error_bound, matmul_precision, worst_error
-from implementations import Implementation, chosen
+from implementations import IMPLEMENTATIONS, Implementation, chosen
 from ranks import Rank
 from steps import Step, make_step
 from workloads import Shape
@@ -137,7 +137,8 @@ def _time_mode(
         # Unknown where a part of the communication is missing, or hidden inside a graph.
         split = not settings.one_shard and not (settings.graph and rank.group is not None)
         comm_ms = statistics.median(t.comm_ms) if split else None
-        eager = Step(step.forward, step.problem, step.group, step.mode)
+        plain = partial(Step, step.forward, step.problem, step.group, step.mode)
+        eager = launched_by(rank.device.type, IMPLEMENTATIONS[name].launchers, plain)
         passes = shape.pass_floors(mode, dtype, settings.activation)
         floor = environment.floor_ms(environment.device_name(rank.device), dtype, passes)
         rows.append(

@@ -1,4 +1,5 @@
-"""Measure the most memory that one step needs beyond what is allocated when it begins: the most of any rank.
+"""Measure what a forward keeps for backward, and the most memory that one step needs beyond what is allocated when it
+begins: the most of any rank.
 
 CUDA   peak of torch's allocator during the step, less what it held before
 CPU    peak resident set of the process during the step (/proc, reset before), less its size before; median of
@@ -12,8 +13,12 @@ import statistics
 from pathlib import Path
 
 import torch
+from implementations import Forward
 from ranks import Rank
 from steps import Step
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from workloads import Problem
 
 _RESET_PEAK = "5"  # /proc/PID/clear_refs, see proc(5)
 _SLACK = 1 << 20  # a peak this far above the present size has not been reset
@@ -29,6 +34,21 @@ def peak_bytes(step: Step, rank: Rank) -> int | None:
     step.reset()
     most = statistics.median(rank.maxima(peaks))
     return None if most == float("inf") else int(most)
+
+
+def saved_bytes(forward: Forward, problem: Problem) -> int:
+    """Return the bytes of the storages that a forward keeps for backward, beside those of x and the parameters."""
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or the address of a freed one could come again
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    p = problem
+    with saved_tensors_hooks(keep, lambda t: t):
+        forward(p.x, p.w1, p.b1, p.w2, p.b2, None)
+    given = {leaf.untyped_storage().data_ptr() for leaf in p.leaves().values()}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in given)
 
 
 def _cuda_peak(step: Step) -> float:

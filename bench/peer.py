@@ -12,6 +12,9 @@ from workloads import DTYPES, MODES, Problem
 
 from tpffn_triton.kernels.activations import ACTIVATIONS
 
+# Names of peers that others are held against; the last computes less than the FFN: no bias, no activation.
+FUSED, EAGER, TWO_GEMMS = "fused", "eager", "two-gemms"
+
 
 @dataclass(frozen=True)
 class Place:

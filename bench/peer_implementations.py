@@ -12,8 +12,8 @@ import nvmath_peer
 import torch
 import torch.nn.functional as F
 import vendor_peers
-from implementations import IMPLEMENTATIONS, Forward, Group
-from peer import Peer, Place, importable
+from implementations import IMPLEMENTATIONS, Forward, Group, here
+from peer import EAGER, FUSED, TWO_GEMMS, Peer, Place, importable
 from shards import TUNED_AT
 from torch import Tensor
 from workloads import MODES, Problem
@@ -21,7 +21,6 @@ from workloads import MODES, Problem
 from tpffn_triton import ffn
 from tpffn_triton.kernels.activations import ACTIVATIONS, halves
 
-EAGER, FUSED, TWO_GEMMS = "eager", "fused", "two-gemms"
 HALF = ("bf16", "fp16")
 
 
@@ -45,6 +44,7 @@ def _existing(of: str, **changes: Any) -> Peer:
         "computes": dict.fromkeys(known.device_types, ACTIVATIONS),
         "dtypes": known.dtypes,
         "missing": lambda place: known.missing(),
+        "launchers": known.launchers,
     }
     return Peer(**given | changes)
 
@@ -89,7 +89,7 @@ def _our_peer(name: str, label: str, modes: tuple[str, ...] = MODES, **options: 
 
 OURS = (
     _our_peer(FUSED, "tpffn_triton.ffn"),
-    _existing("fused-triton", ours=True, launchers=IMPLEMENTATIONS["fused-triton"].launchers),
+    _existing("fused-triton", ours=True),
     _our_peer("fused-recompute", "the same with save='nothing': backward recomputes", ("fwd_bwd",), save="nothing"),
     _our_peer("fused-invariant", "the same, batch_invariant: a token's bits are its own", batch_invariant=True),
 )
@@ -181,12 +181,7 @@ def chosen(names: tuple[str, ...] | None, place: Place) -> list[Peer]:
 
     Raises: ValueError: a named one is not here; says why.
     """
-    wanted = [peer for peer in PEERS.values() if names is None or peer.name in names]
-    reasons = {peer.name: peer.reason_against(place) for peer in wanted}
-    for name, reason in reasons.items() if names else ():
-        if reason:
-            raise ValueError(f"peer {name} {reason}")
-    return [peer for peer in wanted if reasons[peer.name] is None]
+    return here(PEERS, names, "peer", lambda peer: peer.reason_against(place))
 
 
 def listing(place: Place) -> str:

@@ -8,8 +8,9 @@ import checkout  # noqa: F401
 import tables
 from tables import Row
 
-# Of a key: where and with what; kernels is a digest of their sources, which may be changed without a commit.
-SAME = ("device", "torch", "triton", "kernels", "quick", "commit")
+# Of a key: where and with what. kernels is a digest of their sources, which may be changed without a commit; tuned, of
+# what bench/tune.py has found for them.
+SAME = ("device", "torch", "triton", "kernels", "tuned", "quick", "commit")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Key:
     torch: str
     triton: str
     kernels: str
+    tuned: str | None
     quick: bool
     commit: str | None
 
     @classmethod
     def of(cls, row: Row) -> "Key":
         """Return a row's key. Raises: KeyError, TypeError: it is no row of this benchmark."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        whole: Row = {"tuned": None} | row  # older rows lack it
+        return cls(**{field.name: whole[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         l2 = f", L2 {self.l2}" if self.l2 in ("cold", "warm") else ""
@@ -67,13 +70,15 @@ class Results:
         return [] if key.commit is None else [row["impl"] for row in self.by_key.get(key, [])]
 
     def add(self, rows: list[Row]) -> None:
-        """Add the rows of a shape, in the place of those measured otherwise on this device, and write all."""
+        """Add the rows of a shape, in the place of those measured before on this device, and write all."""
+        measured: dict[Key, list[Row]] = {}
         for row in rows:
-            key = Key.of(row)
+            measured.setdefault(Key.of(row), []).append(row)
+        for key in measured:
             now = {name: getattr(key, name) for name in SAME if name != "device"}
-            for other in [k for k in self.by_key if k != key and replace(k, **now) == key]:
+            for other in [k for k in self.by_key if replace(k, **now) == key]:
                 del self.by_key[other]
-            self.by_key.setdefault(key, []).append(row)
+        self.by_key |= measured
         self.write()
 
     def rows(self) -> list[Row]:

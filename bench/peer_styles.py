@@ -5,14 +5,16 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from report_rows import BARE_GEMMS, EAGER, OURS, Point, Section
+import figures
+from peer import EAGER, FUSED, TWO_GEMMS
+from report_rows import Point, Section
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; ours is black, eager and the bare GEMMs are greys.
 _PALETTE = ("#332288", "#88ccee", "#117733", "#cc6677", "#ddaa33", "#882255", "#44aa99", "#999933", "#aa4499")
 _MARKERS = "osD^v<>phX"
-_FIXED = {OURS: ("#000000", "*"), EAGER: ("#777777", "o"), BARE_GEMMS: ("#999999", "x")}
-# These keep their colours in every report; others take what is left, in alphabetical order.
+_FIXED = {FUSED: ("#000000", "*"), EAGER: ("#777777", "o"), TWO_GEMMS: ("#999999", "x")}
 _ROUND = (1, 2, 5, 3, 1.5, 7, 1.2, 4, 8, 9, 1.1, 6)  # the roundest first
+# These keep their colours in every report; others take what is left, in alphabetical order.
 _KNOWN = (
     "compile",
     "compile-max-autotune",
@@ -23,6 +25,11 @@ _KNOWN = (
     "quack",
     "transformer-engine",
 )
+
+
+def label_of(impl: str) -> str:
+    """Return an implementation's name in pictures."""
+    return "ours (fused)" if impl == FUSED else impl
 
 
 class NothingToDraw(ValueError):
@@ -47,9 +54,9 @@ class Styles:
     def line(self, impl: str) -> dict[str, Any]:
         """Return what axis.plot draws an implementation with; ours stands out."""
         colour, marker = self._of[impl]
-        ours = impl == OURS
+        ours = impl == FUSED
         return {
-            **{"color": colour, "marker": marker, "label": "ours (fused)" if ours else impl},
+            **{"color": colour, "marker": marker, "label": label_of(impl)},
             **{"markersize": 10 if ours else 6, "linewidth": 2.6 if ours else 1.3, "zorder": 4 if ours else 3},
         }
 
@@ -99,19 +106,14 @@ def entitle(figure: Any, what: str, section: Section) -> None:
 
 def explain(figure: Any, axes: Sequence[Any]) -> None:
     """Put one legend of all axes' labels below the figure."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     # As many columns as the width has room for: a name takes some 1.9 inches.
     columns = max(1, int(figure.get_figwidth() / 1.9))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-    )
+    figures.legend(figure, axes, ncols=columns, fontsize=8)
 
 
 def in_order(section: Section) -> list[str]:
     """Return all implementations, ours last: it is drawn over the others."""
-    return [*section.peers, OURS]
+    return [*section.peers, FUSED]
 
 
 def round_values(least: float, most: float, count: int) -> list[float]:

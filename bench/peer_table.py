@@ -5,12 +5,13 @@ from typing import Any
 
 import checkout  # noqa: F401
 import tables
-from peer_implementations import FUSED, PEERS, TWO_GEMMS
-from peers_measure import Outcome
+from peer import FUSED, TWO_GEMMS
+from peer_implementations import PEERS
+from peers_measure import Untimed
 from tables import Row
 
 
-def table(rows: list[Row], outcome: Outcome) -> str:
+def table(rows: list[Row], untimed: Untimed) -> str:
     """Return the tables, between what ran where and what there is to know of the figures."""
     parts = [tables.surroundings(rows[0])] if rows else []
     # A run and a state of L2 together, whatever the mode.
@@ -21,8 +22,8 @@ def table(rows: list[Row], outcome: Outcome) -> str:
             groups.setdefault((row["run"], row["l2"]), []).append(row)
         parts += [f"{_header(group[0])}\n\n{_body(group)}" for group in groups.values()]
     parts += ["\n".join(_notes(rows))] if rows else []
-    parts += [f"NOT TIMED: {line}" for line in outcome.refused]
-    parts += [f"LEFT OUT, the budget is spent: {line}" for line in outcome.left_out]
+    parts += [f"NOT TIMED: {line}" for line in untimed.refused]
+    parts += [f"LEFT OUT, the budget is spent: {line}" for line in untimed.left_out]
     return "\n\n".join(parts)
 
 

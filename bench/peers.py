@@ -1,7 +1,7 @@
 """Compare one rank's shard of the FFN with every other implementation that is installed here.
 
-`python bench/peers.py --help` has the flags. Peers: peer_implementations.py; shapes: shards.py; figures:
-peers_measure.py.
+`python bench/peers.py --help` has the flags. Peers: peer_implementations.py; shapes: shards.py; what of them is
+to be measured: peer_settings.py; figures: peers_measure.py.
 
 Exit status: 0, 1 something of ours was wrong or failed, 2 wrong arguments. A peer of others that fails is named only.
 """
@@ -19,8 +19,9 @@ from command_line import OneLineErrorParser, check_writable, exit_with, names, n
 from peer import Place
 from peer_implementations import PEERS
 from peer_results import Results
+from peer_settings import Settings
 from peer_table import table
-from peers_measure import Settings, measure
+from peers_measure import measure
 from shards import GRIDS, REGIMES, SHARDS, Shard, shard
 from workloads import DTYPES, MODES
 
@@ -83,13 +84,17 @@ def build_parser() -> OneLineErrorParser:
         "--run", metavar="NAME,...", help="eager: launches count; graph: replays (default: both, CPU: eager)"
     )
     how.add_argument("--l2", metavar="NAME,...", help="cold: overwritten; warm: as the step leaves it (default: cold)")
-    how.add_argument("--iters", type=int, metavar="N", help="timed rounds (default: what fits in 15 s, GPU 5 s)")
+    how.add_argument(
+        "--iters", type=int, metavar="N", help="timed rounds (default: what fits in 15 s, GPU 5 s, or the --budget)"
+    )
     how.add_argument("--quick", action="store_true", help="few rounds and little warm-up; figures are rough")
     how.add_argument("--budget", type=float, metavar="SECONDS", help="divided over the shapes; says what it leaves out")
     out = parser.add_argument_group("where to (besides the table on stdout; progress is on stderr)")
     out.add_argument("--json", type=Path, metavar="PATH", help="write a list of objects, one a row, after every shape")
     out.add_argument("--csv", type=Path, metavar="PATH", help="write the same as CSV")
-    out.add_argument("--resume", action="store_true", help="measure what the --json lacks of this commit and device")
+    out.add_argument(
+        "--resume", action="store_true", help="measure where the --json lacks a peer, of this commit, here"
+    )
     return parser
 
 
@@ -160,13 +165,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_of(args, device_type, command)
         if args.resume:
             results.resume()
+            if args.quick and not all(row["quick"] for row in results.rows()):
+                raise ValueError(f"--quick --resume: {args.json} has full rows, whose place rough ones would take")
     except ValueError as error:
         parser.error(str(error))
-    outcome = ranks.run(lambda rank, given: measure(rank, given, results), settings, 1, device_type)
+    untimed = ranks.run(lambda rank, given: measure(rank, given, results), settings, 1, device_type)
     results.write()
-    print(table(results.rows(), outcome))
+    print(table(results.rows(), untimed))
     say_written(args.json, args.csv)
-    return 1 if outcome.ours_refused else 0
+    return 1 if untimed.ours_refused else 0
 
 
 if __name__ == "__main__":

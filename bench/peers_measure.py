@@ -1,4 +1,4 @@
-"""Measure every peer on one rank's shard: compare with fp64, then time, interleaved, then weigh.
+"""Measure every peer on one rank's shard: weigh it, compare it with fp64, then time all, interleaved.
 
 One row a shape, mode, run, state of L2 and peer. A peer that raises or is wrong is refused: not timed, no row.
 
@@ -19,11 +19,10 @@ One row a shape, mode, run, state of L2 and peer. A peer that raises or is wrong
 """
 
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import environment
 import gate
@@ -34,36 +33,20 @@ import workloads
 from budget import Budget
 from exchanged_launchers import launched_by
 from implementations import Forward
-from peer import Peer, Place
-from peer_implementations import EAGER, FUSED, PACKAGES, chosen
+from peer import EAGER, FUSED, Peer
+from peer_implementations import PACKAGES
 from peer_results import SAME, Key, Results
+from peer_settings import Settings, lacking
 from ranks import Rank
 from shards import Shard
 from steps import Step, make_step
 from tables import Row
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from workloads import Problem
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure; peers None: all that are here, rounds None: as many as fit, budget_s None: no limit."""
-
-    shards: tuple[Shard, ...]
-    peers: tuple[str, ...] | None
-    place: Place
-    modes: tuple[str, ...]
-    runs: tuple[str, ...]
-    l2s: tuple[str, ...]
-    rounds: int | None
-    quick: bool
-    budget_s: float | None
-    command: str
-
-
 @dataclass
-class Outcome:
+class Untimed:
     """What has no row: why peers were refused, whether one of ours was, and what the budget left out."""
 
     refused: list[str] = field(default_factory=list)
@@ -91,49 +74,41 @@ class Subject:
         return self.ffn if peer.reference is None else peer.reference(self.problem, self.settings.place.activation)
 
 
-def measure(rank: Rank, settings: Settings, results: Results) -> Outcome:
+class Ready(NamedTuple):
+    """A peer that is right: its step, its errors by tensor, and the fields of a row that tell its memory."""
+
+    step: Step
+    errors: dict[str, float]
+    weight: dict[str, int | None]
+
+
+def measure(rank: Rank, settings: Settings, results: Results) -> Untimed:
     """Measure what the results lack, and add each shape's rows to them at once."""
-    outcome, budget = Outcome(), Budget(settings.budget_s)
-    surroundings = environment.describe(rank) | {"command": settings.command}
-    surroundings |= {"kernels": environment.kernels_digest(), "quick": settings.quick}
-    for number, shard in enumerate(settings.shards):
-        wanted = []
-        for key in _keys(settings, shard, surroundings):
-            if kept := results.peers(key):
-                rank.say(f"{key}: kept as measured before: {', '.join(kept)}")
-            else:
-                wanted.append(key)
-        if wanted and budget.is_spent():
-            outcome.left_out += map(str, wanted)
-        elif wanted:
-            share = budget.share(len(settings.shards) - number)
-            try:
-                with gate.matmul_precision(settings.place.dtype):
-                    rows = _measure_shard(rank, settings, shard, wanted, share, outcome)
-            except Exception as error:  # memory, as a rule: the next shape may fit
-                traceback.print_exc()
-                outcome.refuse(f"{shard.shape.name} failed: {type(error).__name__}: {error}", ours=True)
-            else:
-                versions = {"versions": environment.versions(PACKAGES)}
-                results.add([row | surroundings | versions for row in rows])
-    return outcome
-
-
-def _keys(settings: Settings, shard: Shard, surroundings: Row) -> Iterator[Key]:
-    """Yield what is timed at this shape, in order."""
-    s, place = shard.shape, settings.place
-    for mode in settings.modes:
-        for run in settings.runs:
-            for l2 in settings.l2s:
-                how = (place.activation, place.dtype, mode, run, l2)
-                same = (surroundings[name] for name in SAME)
-                yield Key(s.name, s.tokens, s.hidden, s.ffn, *how, *same)
+    untimed, budget = Untimed(), Budget(settings.budget_s)
+    surroundings = environment.describe(rank) | {"command": settings.command, "quick": settings.quick}
+    surroundings |= {"kernels": environment.kernels_digest(), "tuned": environment.tuned_digest()}
+    todo = lacking(rank, settings, surroundings, results)
+    for number, (shard, wanted) in enumerate(todo.items()):
+        if budget.is_spent():
+            untimed.left_out += map(str, wanted)
+            continue
+        try:
+            with gate.matmul_precision(settings.place.dtype):
+                rows = _measure_shard(rank, settings, shard, wanted, budget.share(len(todo) - number), untimed)
+        except Exception as error:  # memory, as a rule: the next shape may fit
+            traceback.print_exc()
+            untimed.refuse(f"{shard.shape.name} failed: {type(error).__name__}: {error}", ours=True)
+        else:
+            versions = {"versions": environment.versions(PACKAGES)}
+            results.add([row | surroundings | versions for row in rows])
+    return untimed
 
 
 def _measure_shard(
-    rank: Rank, settings: Settings, shard: Shard, wanted: list[Key], share: Budget, outcome: Outcome
+    rank: Rank, settings: Settings, shard: Shard, wanted: list[Key], share: Budget, untimed: Untimed
 ) -> list[Row]:
-    """Return the rows of one shape; within its share of the budget, but for what each peer takes to begin."""
+    """Return the rows of one shape; within its share of the budget, unless comparing, warming up and the fewest rounds
+    take longer."""
     shape, activation = shard.shape, settings.place.activation
     rank.say(f"{shape.name}: computing the fp64 reference")
     problem = workloads.shard(workloads.draw(shape, settings.place.dtype, activation, rank.device), 0, 1, activation)
@@ -143,86 +118,89 @@ def _measure_shard(
     rows: list[Row] = []
     ahead = len(wanted)
     for mode, of_mode in groupby(wanted, lambda key: key.mode):
-        forwards = _built(subject, mode, outcome)
-        weights: dict[str, dict[str, int | None]] = {}
+        forwards = _built(subject, mode, untimed)
         for run, of_run in groupby(of_mode, lambda key: key.run):
-            steps, errors = _checked(subject, mode, run, forwards, outcome)
+            ready = _checked(subject, mode, run, forwards, untimed)
             for key in of_run:
-                rows += _timed(subject, key, steps, errors, share.share(ahead), weights)
+                rows += _timed(subject, key, ready, share.share(ahead))
                 ahead -= 1
-            del steps  # a graph holds its results
+            del ready  # a graph holds its results
     return rows
 
 
-def _built(subject: Subject, mode: str, outcome: Outcome) -> dict[Peer, Forward]:
+def _built(subject: Subject, mode: str, untimed: Untimed) -> dict[Peer, Forward]:
     """Return the forward of each peer that can be built."""
     settings, name = subject.settings, subject.shard.shape.name
     forwards = {}
-    for peer in chosen(settings.peers, settings.place):
-        if not peer.is_timed(name, mode):
-            continue
+    for peer in settings.timed_at(name, mode):
         try:
             forwards[peer] = peer.build(settings.place.activation)
         except Exception as failure:
             traceback.print_exc()
-            outcome.refuse(f"{peer.name} ({name}, {mode}) failed: {type(failure).__name__}: {failure}", peer.ours)
+            untimed.refuse(f"{peer.name} ({name}, {mode}) failed: {type(failure).__name__}: {failure}", peer.ours)
     return forwards
 
 
 def _checked(
-    subject: Subject, mode: str, run: str, forwards: dict[Peer, Forward], outcome: Outcome
-) -> tuple[dict[Peer, Step], dict[Peer, dict[str, float]]]:
-    """Return the steps of the peers that are right, and their errors by tensor."""
+    subject: Subject, mode: str, run: str, forwards: dict[Peer, Forward], untimed: Untimed
+) -> dict[Peer, Ready]:
+    """Return the peers that are right, ready to be timed."""
     place, name = subject.settings.place, subject.shard.shape.name
     bound = gate.error_bound(place.dtype, place.activation)
-    steps, errors = {}, {}
+    ready = {}
     for peer, forward in forwards.items():
         subject.rank.say(f"{name} {mode} {run}: comparing {peer.name} with fp64")
         what = f"{peer.name} ({name}, {place.activation}, {place.dtype}, {mode}, {run})"
-        plain = partial(make_step, forward, subject.problem, None, mode, run == "graph")
-        make = partial(launched_by, place.device_type, peer.launchers, plain)
+        weight: dict[str, int | None] = {}
+        make = partial(_weighed, subject, peer, forward, mode, run, weight)
         found = gate.checked(what, make, subject.reference(peer), bound, subject.rank)
         if found.step is None:
-            outcome.refuse(found.refused or what, peer.ours)
+            untimed.refuse(found.refused or what, peer.ours)
         else:
-            steps[peer], errors[peer] = found.step, found.errors
-    return steps, errors
+            ready[peer] = Ready(found.step, found.errors, weight)
+    return ready
 
 
-def _timed(
-    subject: Subject,
-    key: Key,
-    steps: dict[Peer, Step],
-    errors: dict[Peer, dict[str, float]],
-    share: Budget,
-    weights: dict[str, dict[str, int | None]],
-) -> list[Row]:
-    """Return a row a peer; weights: the memory of each, which this fills in."""
-    if not steps:
+def _weighed(
+    subject: Subject, peer: Peer, forward: Forward, mode: str, run: str, weight: dict[str, int | None]
+) -> Step:
+    """Return the step to time, and fill in what an eager one keeps and needs of memory.
+
+    Eager first: outside of a capture nothing can wait for an event that was recorded in it.
+    """
+    launched = partial(launched_by, subject.settings.place.device_type, peer.launchers)
+    eager = launched(partial(Step, forward, subject.problem, None, mode))
+    eager()  # what is allocated once is no step's
+    eager.reset()
+    weight["saved_bytes"] = memory.saved_bytes(forward, subject.problem) if mode == "fwd_bwd" else None
+    weight["peak_mem_bytes"] = memory.peak_bytes(eager, subject.rank)
+    return launched(partial(make_step, forward, subject.problem, None, mode, run == "graph"))
+
+
+def _timed(subject: Subject, key: Key, ready: dict[Peer, Ready], share: Budget) -> list[Row]:
+    """Return a row a peer."""
+    if not ready:
         return []
     rank, settings = subject.rank, subject.settings
-    rank.say(f"{key}: timing {', '.join(peer.name for peer in steps)}")
+    rank.say(f"{key}: timing {', '.join(peer.name for peer in ready)}")
     how: dict[str, Any] = {"graph": key.run == "graph", "warm_l2": key.l2 == "warm", "seconds": share.left()}
-    named = {peer.name: step for peer, step in steps.items()}
+    named = {peer.name: step for peer, (step, _, _) in ready.items()}
     times, rounds = timing.time_rounds(named, rank, quick=settings.quick, rounds=settings.rounds, **how)
     floors = subject.shard.shape.pass_floors(key.mode, key.dtype, key.activation)
     flops, moved = (sum(figures) for figures in zip(*floors, strict=True))
     least = environment.floor_ms(key.device, key.dtype, floors)
-    eager = next((found for peer, found in errors.items() if peer.name == EAGER), {})
+    eager = next((errors for peer, (_, errors, _) in ready.items() if peer.name == EAGER), {})
     rows = []
-    for peer, step in steps.items():
+    for peer, (_, errors, weight) in ready.items():
         spread = timing.spread(times[peer.name].ms, "ms")
-        p50, own = spread["ms_p50"], errors[peer]
-        over_eager = [own[name] / error for name, error in eager.items() if error and peer.reference is None]
-        if peer.name not in weights:
-            weights[peer.name] = _weighed(subject, peer, step.forward, key.mode)
+        p50 = spread["ms_p50"]
+        over_eager = [errors[name] / error for name, error in eager.items() if error and peer.reference is None]
         rows.append(
             {
                 "impl": peer.name,
                 "label": peer.label,
                 "regime": subject.shard.regime,
                 **{name: value for name, value in vars(key).items() if name not in SAME},
-                "bias": True,
                 "iters": rounds,
                 **spread,
                 **timing.ratios(times[peer.name], times.get(FUSED)),
@@ -231,35 +209,10 @@ def _timed(
                 "tflops": flops / p50 / 1e9,
                 "gb_per_s": moved / p50 / 1e6,
                 "roofline_pct": None if least is None else 100 * least / p50,
-                "errors": own,
-                "max_rel_err": max(own.values()),
+                "errors": errors,
+                "max_rel_err": max(errors.values()),
                 "error_vs_eager": max(over_eager, default=None),
-                **weights[peer.name],
+                **weight,
             }
         )
     return rows
-
-
-def _weighed(subject: Subject, peer: Peer, forward: Forward, mode: str) -> dict[str, int | None]:
-    """Return what an eager step keeps and needs of memory."""
-    eager = partial(Step, forward, subject.problem, None, mode)
-    step = launched_by(subject.settings.place.device_type, peer.launchers, eager)
-    return {
-        "saved_bytes": saved_bytes(forward, subject.problem) if mode == "fwd_bwd" else None,
-        "peak_mem_bytes": memory.peak_bytes(step, subject.rank),
-    }
-
-
-def saved_bytes(forward: Forward, problem: Problem) -> int:
-    """Return the bytes of the storages that a forward keeps for backward, beside those of x and the parameters."""
-    kept: dict[int, torch.UntypedStorage] = {}  # held, or the address of a freed one could come again
-
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    p = problem
-    with saved_tensors_hooks(keep, lambda t: t):
-        forward(p.x, p.w1, p.b1, p.w2, p.b2, None)
-    given = {leaf.untyped_storage().data_ptr() for leaf in p.leaves().values()}
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in given)

@@ -24,10 +24,7 @@ def plot(rows: list[Row], path: Path) -> None:
         _panel(axis, panel)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_axis_off()
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figures.legend(figure, axes.flat, ncols=3)
     first = rows[0]
     commit = f"\ncommit {first['commit']}" if first["commit"] else ""
     figure.suptitle(f"Tensor-parallel FFN on {first['device']}{commit}", fontsize=10)

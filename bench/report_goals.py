@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 import environment
-from report_rows import BARE_GEMMS, EAGER, OURS, Point, Section
+from peer import EAGER, FUSED, TWO_GEMMS
+from report_rows import Point, Section
 
 NOT_YET = "not yet measured"
 _DTYPE = "bf16"
@@ -66,7 +67,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Verdict:
     """A goal and the worst point that was measured for it, if any; `points` of which `missed` miss the goal."""
 
     goal: Goal
@@ -81,13 +82,13 @@ def _time_over_ours(peer: str, point: Point) -> float | None:
 
 
 def _ours_over_bare_gemms(point: Point) -> float | None:
-    ratio = _time_over_ours(BARE_GEMMS, point)
+    ratio = _time_over_ours(TWO_GEMMS, point)
     return None if not ratio else 1 / ratio
 
 
 def _peers(point: Point) -> dict[str, float]:
-    others = {peer: ratio for peer, ratio in point.ratios().items() if not peer.startswith(f"{OURS}-")}
-    return {peer: ratio for peer, ratio in others.items() if peer != BARE_GEMMS}
+    others = {peer: ratio for peer, ratio in point.ratios().items() if not peer.startswith(f"{FUSED}-")}
+    return {peer: ratio for peer, ratio in others.items() if peer != TWO_GEMMS}
 
 
 def _fastest_peer(point: Point) -> float | None:
@@ -100,18 +101,18 @@ def _name_of_fastest(point: Point) -> str:
 
 
 def _us(point: Point) -> float | None:
-    ms = point.figure(OURS, "ms_p50")
+    ms = point.figure(FUSED, "ms_p50")
     return None if ms is None else 1e3 * ms
 
 
 def _bandwidth_used(point: Point) -> float | None:
     """Return our gb_per_s in percent of what the device copies; None also where that is unknown."""
-    best, ours = environment.ceiling(point.first["device"]), point.figure(OURS, "gb_per_s")
+    best, ours = environment.ceiling(point.first["device"]), point.figure(FUSED, "gb_per_s")
     return None if best is None or ours is None else ours / best.tb_per_s / 10
 
 
 def _error_over_eagers(point: Point) -> float | None:
-    return point.figure(OURS, "error_vs_eager")
+    return point.figure(FUSED, "error_vs_eager")
 
 
 def _over(peer: str, work: Work, least: float) -> Goal:
@@ -139,7 +140,7 @@ GOALS = (
     Goal(DECODE, "no peer faster", _fastest_peer, 1, name=_name_of_fastest),
     _over(EAGER, DECODE_GRAPH, 1.15),
     Goal(DECODE_GRAPH, "ours ≥ 80 % of copy bandwidth", _bandwidth_used, 80, form="{:.1f} %"),
-    Goal(WIDE, f"ours ≤ 1.02× {BARE_GEMMS}", _ours_over_bare_gemms, 1.02, at_least=False),
+    Goal(WIDE, f"ours ≤ 1.02× {TWO_GEMMS}", _ours_over_bare_gemms, 1.02, at_least=False),
     _over(EAGER, TRAINING, 1.04),
     _over("compile", TRAINING, 1.02),
     _over("nvmath", TRAINING, 1),
@@ -149,14 +150,14 @@ GOALS = (
 )
 
 
-def outcome(goal: Goal, points: Sequence[Point]) -> Outcome:
+def verdict(goal: Goal, points: Sequence[Point]) -> Verdict:
     """Return what the worst of the points says about a goal."""
     figures = [(goal.figure(point), point) for point in points if goal.work.includes(point)]
     found = [(figure, point) for figure, point in figures if figure is not None]
     if not found:
-        return Outcome(goal)
+        return Verdict(goal)
     figure, worst = max(found, key=lambda pair: goal.misses_by(pair[0]))
-    return Outcome(goal, worst, figure, len(found), sum(goal.misses_by(figure) > 0 for figure, _ in found))
+    return Verdict(goal, worst, figure, len(found), sum(goal.misses_by(figure) > 0 for figure, _ in found))
 
 
 _HEADERS = ("work", "goal", "measured", "outcome", "at", "file")
@@ -169,17 +170,23 @@ def table(sections: Sequence[Section]) -> str:
         if section.on_cuda and section.dtype == _DTYPE:
             devices[section.device] += section.points
     parts = [f"{device}, against the goals for one H100, {_DTYPE}\n\n{_body(pts)}" for device, pts in devices.items()]
-    unknown = [device for device, points in devices.items() if points and environment.ceiling(device) is None]
-    notes = [*_NOTES, *(f"Copy bandwidth of {device} is unknown: its share is not measured." for device in unknown)]
+    notes = [*_NOTES, *(_bandwidth_of(device) for device, points in devices.items() if points)]
     return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _bandwidth_of(device: str) -> str:
+    """Say what the copy bandwidth is, and where from: some are the datasheet's peak, which nothing copies with."""
+    best = environment.ceiling(device)
+    if best is None:
+        return f"Copy bandwidth of {device} is unknown: its share is not measured."
+    return f"Copy bandwidth of {device}: {best.tb_per_s:g} TB/s by tpffn_triton/presets.py: {best.source}."
 
 
 _NOTES = (
     "Goals count on CUDA in bf16 alone. Ratios: the peer's time over ours, median over rounds of one run.",
     "Of the points that a goal is about, the worst is shown; (1 of 2) is how many miss it.",
-    "Copy bandwidth: the device's in tpffn_triton/presets.py.",
     "Not of these files: the first call (bench/first_call.py), launches of backward (tests/test_weight_grads.py).",
-    f"{BARE_GEMMS} is two bare GEMMs, less work than the layer: no peer.",
+    f"{TWO_GEMMS} is two bare GEMMs, less work than the layer: no peer.",
 )
 
 
@@ -192,17 +199,17 @@ def _body(points: Sequence[Point]) -> str:
         # A blank line between works, whose name stands in the first of its lines.
         lines += [[""] * len(_HEADERS)] * (work not in (None, goal.work))
         words = "" if work == goal.work else goal.work.words
-        lines.append([words, goal.words, *_cells(outcome(goal, points))])
+        lines.append([words, goal.words, *_cells(verdict(goal, points))])
         work = goal.work
     return tabulate.tabulate(lines, _HEADERS, tablefmt="simple", disable_numparse=True)
 
 
-def _cells(found: Outcome) -> tuple[str, ...]:
-    """Return figure, verdict, where the worst point is and its file."""
+def _cells(found: Verdict) -> tuple[str, ...]:
+    """Return figure, outcome, where the worst point is and its file."""
     goal, worst = found.goal, found.worst
     if worst is None:
         return NOT_YET, "", "", ""
     figure = goal.form.format(found.figure) + (f" {goal.name(worst)}" if goal.name else "")
     missed_by = goal.misses_by(found.figure)
-    verdict = f"missed by {100 * missed_by:.2g} % ({found.missed} of {found.points})" if missed_by > 0 else "met"
-    return figure, verdict, worst.words, str(worst.file)
+    outcome = f"missed by {100 * missed_by:.2g} % ({found.missed} of {found.points})" if missed_by > 0 else "met"
+    return figure, outcome, worst.words, str(worst.file)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from peer_styles import NothingToDraw, Styles, entitle, explain, grid, in_order
-from report_rows import EAGER, OURS, Point, Section
+from peer import EAGER
+from peer_styles import NothingToDraw, Styles, entitle, explain, grid, in_order, label_of
+from report_rows import Point, Section
 
 _COLUMNS = 3
 
@@ -46,7 +47,7 @@ def _panel(axis: Any, kept: dict[str, int], styles: Styles) -> None:
         axis.barh(place, size, 0.7, color=styles.colour(impl))
         text = f"{size:.3g}" + (f" ({size / mib[EAGER]:.2f}×)" if mib.get(EAGER) else "")
         axis.annotate(text, (size, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    axis.set_yticks(range(len(mib)), ["ours (fused)" if impl == OURS else impl for impl in mib], fontsize=8)
+    axis.set_yticks(range(len(mib)), [*map(label_of, mib)], fontsize=8)
     axis.set_ylim(-0.6, len(mib) - 0.4)
     axis.set_xlim(0, 1.35 * max(*mib.values(), 1e-6))
     if EAGER in mib:

@@ -1,6 +1,6 @@
 """Read what bench/peers.py wrote: rows, checked, as sections of points.
 
-row      one peer at one point; peers.py lists the fields
+row      one peer at one point; peers_measure.py lists the fields
 point    what one run interleaved: a shape, mode, run and l2 of one file, a row a peer; ours is `fused`
 section  the points of one device, dtype and activation: what may stand in one table or picture
 """
@@ -14,12 +14,10 @@ from typing import NoReturn
 
 import checkout  # noqa: F401
 import tables
+from peer import EAGER, FUSED, TWO_GEMMS
 from tables import Row
 from workloads import MODES
 
-OURS, EAGER = "fused", "eager"
-# Computes less than the FFN, so it is no peer: no bias, no activation.
-BARE_GEMMS = "two-gemms"
 MODE_WORDS = {"fwd": "forward", "fwd_bwd": "forward+backward"}
 RUN_WORDS = {"eager": "host launches", "graph": "CUDA graph"}
 
@@ -78,12 +76,12 @@ class Point:
 
     def ratios(self, p: int = 50) -> dict[str, float]:
         """Return peer → its time over ours, a quantile over rounds; those that were timed beside ours."""
-        found = {impl: row[f"ratio_p{p}"] for impl, row in self.rows.items() if impl != OURS}
+        found = {impl: row[f"ratio_p{p}"] for impl, row in self.rows.items() if impl != FUSED}
         return {impl: ratio for impl, ratio in found.items() if ratio is not None}
 
     def saved_vs_eager(self) -> float | None:
         """Return the bytes that ours keeps for backward over eager's; None: one of them is unknown, or eager's 0."""
-        ours, eager = self.figure(OURS, "saved_bytes"), self.figure(EAGER, "saved_bytes")
+        ours, eager = self.figure(FUSED, "saved_bytes"), self.figure(EAGER, "saved_bytes")
         return None if ours is None or not eager else ours / eager
 
 
@@ -119,8 +117,8 @@ class Section:
     @cached_property
     def peers(self) -> list[str]:
         """Every peer but ours, in the files' order, eager first and the bare GEMMs last."""
-        found = dict.fromkeys(row["impl"] for row in self.rows if row["impl"] != OURS)
-        return sorted(found, key=lambda impl: (impl == BARE_GEMMS, impl != EAGER))
+        found = dict.fromkeys(row["impl"] for row in self.rows if row["impl"] != FUSED)
+        return sorted(found, key=lambda impl: (impl == TWO_GEMMS, impl != EAGER))
 
     @property
     def words(self) -> str:

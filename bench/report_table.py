@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import tables
-from report_rows import BARE_GEMMS, OURS, Point, Section
+from peer import FUSED, TWO_GEMMS
+from report_rows import Point, Section
 
 BEGIN, END = "<!-- bench/report.py: peers -->", "<!-- end -->"
 _NONE = "–"
@@ -100,7 +101,7 @@ def _columns(section: Section, alone: Sequence[str]) -> Columns:
     if others:
         columns[_OTHERS] = lambda point: _each(point, others)
     return columns | {
-        "error ÷ eager's": lambda point: _figure(point.figure(OURS, "error_vs_eager")),
+        "error ÷ eager's": lambda point: _figure(point.figure(FUSED, "error_vs_eager")),
         "kept ÷ eager's": lambda point: _figure(point.saved_vs_eager()),
     }
 
@@ -111,9 +112,9 @@ def _shape(point: Point) -> str:
 
 
 def _ours(point: Point) -> str:
-    if OURS not in point.rows:
+    if FUSED not in point.rows:
         return _NONE
-    quantiles = [point.rows[OURS][f"ms_p{p}"] for p in (50, 20, 80)]
+    quantiles = [point.rows[FUSED][f"ms_p{p}"] for p in (50, 20, 80)]
     unit, scale = ("ms", 1.0) if quantiles[0] >= 1 else ("µs", 1e3)
     p50, p20, p80 = (tables.ms(scale * ms) for ms in quantiles)
     return f"{p50} {unit} [{p20}–{p80}]"
@@ -147,9 +148,9 @@ def _notes(section: Section, labels: bool = True) -> list[str]:
     ]
     known = {row["impl"]: row["label"] for row in rows}
     if labels:
-        notes += [f"{impl}: {known[impl].rstrip('.')}." for impl in (*section.peers, OURS) if impl in known]
-    if BARE_GEMMS in known:
-        notes.append(f"{BARE_GEMMS} computes less than the layer: a bound, no peer.")
+        notes += [f"{impl}: {known[impl].rstrip('.')}." for impl in (*section.peers, FUSED) if impl in known]
+    if TWO_GEMMS in known:
+        notes.append(f"{TWO_GEMMS} computes less than the layer: a bound, no peer.")
     if any(row["triton_interpret"] for row in rows):
         notes.append("The kernels ran in Triton's interpreter: THESE TIMES MEAN NOTHING.")
     return notes + tables.machine_notes(rows)

@@ -81,7 +81,7 @@ def passes_of(forward: Forward, problem: Problem, group: Group) -> dict[str, Ste
 
 
 def captured(compute: Callable[[], None], reset: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of compute, which has run before; reset drops its results."""
+    """Return a CUDA graph of compute, after three runs outside of it; reset drops its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

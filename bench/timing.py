@@ -184,25 +184,27 @@ def time_rounds(
     """Warm up, then time; returns run_rounds' result and the number of rounds.
 
     rounds     None: as many as fit into `seconds`, 10 to 50 (CUDA: 20 to 200); with quick, 3 (10)
-    seconds    None: 15 (CUDA: 5)
+    seconds    of which the warm-up takes its part; None: 15 (CUDA: 5)
     quick      also shortens the warm-up
     together   as for run_rounds
     warm_l2    CUDA alone; with together=1
     """
+    begin = time.perf_counter()
     cuda = rank.device.type == "cuda"
     clock: Clock = CudaClock(graph, warm_l2) if cuda else HostClock()
     warm_up = (3 if quick else 25) if cuda else (0 if quick else 1)
     run = functools.partial(run_rounds, steps, clock, rank, together=together)
 
     def warm_round() -> float:
-        begin = time.perf_counter()
+        before = time.perf_counter()
         run(1)
-        return time.perf_counter() - begin
+        return time.perf_counter() - before
 
     if warm_up:
         run(warm_up)
     if rounds is None:
         bounds = ((10, 10) if quick else (20, 200)) if cuda else (3, 3) if quick else (10, 50)
         seconds = (5 if cuda else 15) if seconds is None else seconds
-        rounds = rounds_within(seconds, bounds, warm_round, rank)
+        (spent,) = rank.maxima([time.perf_counter() - begin])  # ranks that disagree would wait for each other for ever
+        rounds = rounds_within(seconds - spent, bounds, warm_round, rank)
     return run(rounds), rounds

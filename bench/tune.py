@@ -16,17 +16,16 @@ import environment
 import ranks
 import tables
 import torch
-import tune_cases
 import tune_report
 import tune_rows
 from budget import Budget
 from command_line import OneLineErrorParser, check_writable, exit_with, names, say_written
 from gate import matmul_precision
 from ranks import Rank
+from shards import Shard
 from tables import Row
 from tune_candidates import ARITHMETICS, MOST, SHARED_BYTES, candidates
-from tune_cases import REGIMES, Shard, all_cases
-from tune_measure import DTYPES
+from tune_cases import KERNELS_OF, REHEARSAL, all_cases, given_shard, shards_of
 from tune_rows import State
 from tune_search import Candidates, filter_all, search
 
@@ -46,7 +45,7 @@ EPILOG = """\
 examples:
   python bench/tune.py --dry-run                              what would be compiled and measured
   python bench/tune.py --json tune_state.json                 all of it, in eight minutes
-  python bench/tune.py --json tune_state.json --resume        what was left out of that, and no more
+  python bench/tune.py --json tune_state.json --resume        what that left out; cases measured in part anew
   python bench/tune.py --kernel linear,dgrad --shape 8192,5120,3456 --out mine.json
   python bench/tune.py --filter-only --arch sm_90             without a GPU: what the compiler says of the candidates
 """
@@ -69,7 +68,7 @@ def build_parser() -> OneLineErrorParser:
     """Return the command line's parser."""
     parser = OneLineErrorParser(prog="tune.py", description=DESCRIPTION, epilog=EPILOG)
     what = parser.add_argument_group("what to tune")
-    what.add_argument("--regime", metavar="NAME,...", help=f"of {', '.join(REGIMES)} (default: all)")
+    what.add_argument("--regime", metavar="NAME,...", help=f"of {', '.join(KERNELS_OF)} (default: all)")
     what.add_argument("--shape", metavar="M,H,F/P", action="append", help="a rank's shard instead; may be repeated")
     what.add_argument("--kernel", metavar="NAME,...", help=f"of {', '.join(KERNELS)} (default: all)")
     what.add_argument("--arithmetic", choices=ARITHMETICS, default="16bit", help="default: %(default)s, as bf16")
@@ -80,7 +79,7 @@ def build_parser() -> OneLineErrorParser:
     how.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="S", help="seconds in all (default: %(default)s)"
     )
-    how.add_argument("--resume", action="store_true", help="go on from the file of --json")
+    how.add_argument("--resume", action="store_true", help="go on from the file of --json, where it lacks candidates")
     how.add_argument("--list", action="store_true", help="print the cases, and stop")
     how.add_argument("--dry-run", action="store_true", help="print what would be compiled and measured, and stop")
     how.add_argument("--filter-only", action="store_true", help="compile the candidates and print the verdicts alone")
@@ -100,7 +99,7 @@ def _shard(given: str) -> Shard:
         raise ValueError(f"--shape takes M,H,F/P, three integers, got {given!r}") from None
     if tokens < 1 or hidden < 16 or ffn < 16 or hidden % 16 or ffn % 16:
         raise ValueError(f"--shape: M must be at least 1, H and F/P multiples of 16, which tiles need; got {given!r}")
-    return Shard(tokens, hidden, ffn)
+    return given_shard(tokens, hidden, ffn)
 
 
 def settings_of(args: argparse.Namespace, device_type: str, command: str) -> Settings:
@@ -151,12 +150,12 @@ def surroundings(rank: Rank, settings: Settings, measured: bool) -> Row:
 def planned(args: argparse.Namespace, settings: Settings, device_type: str) -> Candidates:
     """Return what is to be searched. Raises: ValueError: an unknown name, or nothing."""
     kernels = names(args.kernel, KERNELS, "kernel") if args.kernel else KERNELS
-    regimes = names(args.regime, tuple(REGIMES), "regime") if args.regime else tuple(REGIMES)
+    regimes = names(args.regime, tuple(KERNELS_OF), "regime") if args.regime else tuple(KERNELS_OF)
     shards = [_shard(given) for given in args.shape or ()]
     rehearsed = interpreting() and device_type == "cpu" and not (args.list or args.dry_run or args.filter_only)
     if rehearsed and not shards and args.regime is None:
-        shards = [tune_cases.REHEARSAL]
-    cases = all_cases(regimes, kernels, settings.arithmetic, shards)
+        shards = [REHEARSAL]
+    cases = all_cases(shards or shards_of(regimes), kernels, settings.arithmetic)
     if not cases:
         raise ValueError(f"nothing to tune: no case of {', '.join(kernels)} in {', '.join(regimes)}")
     found = {case: candidates(case, settings.arch, args.candidates) for case in cases}
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the search; returns the exit status. SystemExit (2, or 0 for --help) comes from argparse."""
     parser = build_parser()
     args, command, device_type = parser.parsed(argv)
-    with matmul_precision(DTYPES[args.arithmetic]):
+    with matmul_precision(ARITHMETICS[args.arithmetic]):
         try:
             settings = settings_of(args, device_type, command)
             candidates = planned(args, settings, device_type)
@@ -189,9 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = search(rank, candidates, state, settings.arch, settings.arithmetic, budget)
     content = tune_rows.file_of(state)
     print(tune_report.results(content, state.surroundings, found))
-    if content["rows"] and settings.out is not None:
-        tune_rows.write(tune_rows.merged(content, settings.out), settings.out)
-    say_written(args.json, settings.out)
+    written = settings.out if content["rows"] else None
+    if written is not None:
+        tune_rows.write(tune_rows.merged(content, written), written)
+    say_written(args.json, written)
     return int(bool(found.failed))
 
 

@@ -16,10 +16,12 @@ import checkout  # noqa: F401
 import torch
 import triton
 from tune_cases import FEW, Case
+from workloads import DTYPES
 
 from tpffn_triton.kernels._configs import PROCESSORS, Config, select, select_for_few_tokens
 
-ARITHMETICS = {"16bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+# Arithmetic → the dtype that stands for it, by its name in workloads.py.
+ARITHMETICS = {"16bit": "bf16", "tf32": "tf32", "ieee": "fp32"}
 # Compiled for a case at most.
 MOST = 24
 # Bytes of shared memory that a program may use, as tests/compile_inspect.py has them.
@@ -62,11 +64,16 @@ _NAMED = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "USE_TMA",
 _OF_FEW_TOKENS = (((128, 4), (64, 4), (128, 3), (64, 6)), (256, 512, 0), (1, 4, 2, 8), (64, 32, 128))
 
 
+def dtype_of(case: Case) -> torch.dtype:
+    """Return the dtype of a case's tensors."""
+    return DTYPES[ARITHMETICS[case.arithmetic]]
+
+
 def tables_choice(case: Case, arch: str) -> Config | None:
     """Return the tables' row, None where there is none; torch's precision of fp32 matmuls is to be the case's
     arithmetic."""
     choose = select_for_few_tokens if case.kernel.endswith("few_tokens") else select
-    like = torch.empty(0, dtype=ARITHMETICS[case.arithmetic])
+    like = torch.empty(0, dtype=dtype_of(case))
     return choose(case.kernel, like, case.rows, case.cols, case.inner, arch)
 
 
@@ -117,7 +124,7 @@ def _of_few_tokens(own: Config) -> Iterator[Config]:
 def fits(config: Config, case: Case, arch: str) -> bool:
     """Say whether nothing in the module docstring speaks against a configuration."""
     stacks = 2 if case.kernel in _TWO_ACCUMULATORS else 1
-    itemsize = ARITHMETICS[case.arithmetic].itemsize
+    itemsize = dtype_of(case).itemsize
     columns = stacks * config.BLOCK_N
     shared = config.num_stages * (config.BLOCK_M + columns) * config.BLOCK_K * itemsize
     accumulators = config.BLOCK_M * columns / (32 * config.num_warps)

@@ -1,4 +1,4 @@
-"""Say what is tuned: the kernels that matter in each regime, at its sizes.
+"""Say what is tuned: the kernels that matter in each regime, at the sizes of its shards (shards.py).
 
 A case is one kernel, arithmetic and size, as `configuration` in kernels/_launch.py is asked for it; W is F/P, or 2F/P
 where the activation is gated:
@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import checkout  # noqa: F401
+from shards import GRIDS, Shard, shard
+from workloads import Shape
 
 from tpffn_triton.kernels._configs import KERNELS
 
@@ -33,37 +35,37 @@ class Case(NamedTuple):
         return f"{self.kernel} [{self.rows}, {self.cols}] over {self.inner}, {self.arithmetic}"
 
 
-class Shard(NamedTuple):
-    """One rank's shard: tokens M, hidden H, features F/P."""
-
-    tokens: int
-    hidden: int
-    ffn: int
-
-
 # Tokens of which a kernel for few tokens makes one tile, at most.
 FEW = 64
 # In the order in which they are tuned: what a budget cuts off is at the end.
 _ALL = ("few_tokens", "ffn", "linear_act", "linear", "linear_dact", "dgrad", "weight_grads", "wgrad")
-_WIDTHS = ((4096, 4096), (8192, 3584))
-# The shards of a regime, and the kernels that matter there: decoding has no backward and is one launch; where the layer
-# is wide and the tokens are many, forward is two launches and each weight gradient its own.
-REGIMES: dict[str, tuple[tuple[Shard, ...], tuple[str, ...]]] = {
-    "analysed": ((Shard(1024, 1024, 1024),), _ALL),
-    "decode": (tuple(Shard(tokens, 8192, 3584) for tokens in (1, 4, 16, 64)), ("few_tokens", "ffn")),
-    "training": ((Shard(4096, 4096, 2048),), _ALL),
-    "wide": (
-        tuple(Shard(tokens, *width) for tokens in (4096, 8192, 16384) for width in _WIDTHS),
-        ("linear_act", "linear", "linear_dact", "dgrad", "wgrad"),
-    ),
+# The kernels that matter in a regime: decoding has no backward and is one launch; where the layer is wide and the
+# tokens are many, forward is two launches and each weight gradient its own.
+KERNELS_OF = {
+    "analysed": _ALL,
+    "decode": ("few_tokens", "ffn"),
+    "training": _ALL,
+    "wide": ("linear_act", "linear", "linear_dact", "dgrad", "wgrad"),
 }
+
+
+def shards_of(regimes: Iterable[str]) -> list[Shard]:
+    """Return the shards of these regimes on a GPU."""
+    return [s for name in regimes for s in GRIDS["cuda"] if s.regime == name]
+
+
+def given_shard(tokens: int, hidden: int, ffn: int) -> Shard:
+    """Return a shard of no regime, with which every kernel is tuned."""
+    return shard("other", f"{tokens}x{hidden}x{ffn}", tokens, hidden, ffn)
+
+
 # Without a GPU, where times mean nothing.
-REHEARSAL = Shard(32, 64, 96)
+REHEARSAL = given_shard(32, 64, 96)
 
 
-def cases_of(kernel: str, shard: Shard, arithmetic: str, gated: bool) -> list[Case]:
-    """Return the cases of a shard, of a kernel by the name that it has where nothing is gated."""
-    m, h, f = shard
+def cases_of(kernel: str, shape: Shape, arithmetic: str, gated: bool) -> list[Case]:
+    """Return the cases of a shard's shape, of a kernel by the name that it has where nothing is gated."""
+    m, h, f = shape.tokens, shape.hidden, shape.ffn
     few = m <= FEW and arithmetic == "16bit"  # then forward is few_tokens, and ffn is not launched
     if few if kernel == "ffn" else kernel == "few_tokens" and not few:
         return []
@@ -78,22 +80,15 @@ def cases_of(kernel: str, shard: Shard, arithmetic: str, gated: bool) -> list[Ca
     return [Case(name, arithmetic, *size) for size in sizes]
 
 
-def all_cases(
-    regimes: Iterable[str], kernels: Iterable[str], arithmetic: str, shards: Sequence[Shard] = ()
-) -> list[Case]:
-    """Return what is tuned of these kernels, kernel by kernel, where nothing is gated first.
-
-    shards: these, with every kernel, in place of the regimes.
-    """
-    chosen = [(tuple(shards), _ALL)] if shards else [REGIMES[name] for name in regimes]
+def all_cases(shards: Sequence[Shard], kernels: Iterable[str], arithmetic: str) -> list[Case]:
+    """Return what is tuned of these kernels at these shards, kernel by kernel, where nothing is gated first."""
     found = [
         case
         for gated in (False, True)
         for kernel in _ALL
-        for sizes, used in chosen
-        if kernel in used
-        for shard in sizes
-        for case in cases_of(kernel, shard, arithmetic, gated)
+        for s in shards
+        if kernel in KERNELS_OF.get(s.regime, _ALL)
+        for case in cases_of(kernel, s.shape, arithmetic, gated)
     ]
     wanted = set(kernels)
     return [case for case in dict.fromkeys(found) if case.kernel in wanted]

@@ -10,7 +10,7 @@ and torch's GEMM stay to the end, so that the last rounds compare with them.
     us_p20, us_p50, us_p80   of the last rounds it took part in, `rounds` of them; None: not timed
     ratio_p80      of those in the last rounds: its time over the tables' choice's, by round; below 1, faster by more
                    than noise
-    max_rel_err    as in measure.py; None where it is not finite
+    max_rel_err    of the worst row of the worst tensor (gate.py), as a candidate may lose one; None: not finite
     chosen         whether this is the case's row (tune_rows.py)
 """
 
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import timing
-from gate import Checked, checked, error_bound
+from gate import Checked, checked, error_bound, worst_row_error
 from ranks import Rank
 from steps import Step, captured
 from tables import Row
-from tune_candidates import name_of
+from tune_candidates import ARITHMETICS, name_of
 from tune_cases import Case
 from tune_filter import OK
 from tune_rows import CANDIDATE, CUBLAS, TABLE, TORCH, Contender, choose, ratio_p80
@@ -34,8 +34,6 @@ from tune_workloads import Outputs, Workload, workload
 
 from tpffn_triton.kernels._configs import Config
 
-# A bench's name of the dtype of an arithmetic.
-DTYPES = {"16bit": "bf16", "tf32": "tf32", "ieee": "fp32"}
 # A heat's rounds, and how many candidates go on; then the least and the most of the last rounds.
 _CUDA = (((5, 8), (15, 3)), (20, 100))
 _INTERPRETED = (((1, 2),), (2, 2))
@@ -87,14 +85,15 @@ def measure(rank: Rank, case: Case, configs: Sequence[Config], seconds: float) -
     steps: dict[Contender, Step] = {}
     rows: dict[Contender, Row] = {}
     unreached = 0
-    bound = error_bound(DTYPES[case.arithmetic], "gelu")
+    bound = error_bound(ARITHMETICS[case.arithmetic], "gelu")
     for contender, compute in _contenders(work, configs):
         if contender not in (own, CUBLAS) and time.perf_counter() - begin > seconds / 2:
             unreached += 1
             continue
         kind = TORCH if contender is CUBLAS else TABLE if contender == own else CANDIDATE
         name = kind if contender is None else f"{kind} {name_of(contender)}"
-        result = checked(name, partial(Launched, compute, rank.device.type == "cuda"), truth, bound, rank)
+        make = partial(Launched, compute, rank.device.type == "cuda")
+        result = checked(name, make, truth, bound, rank, worst_row_error)
         if result.step is not None:
             steps[contender] = result.step
         rows[contender] = _row(case, contender, kind, result)

@@ -57,8 +57,10 @@ class State:
             self.rows = _read(path, surroundings)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add rows, and write all."""
-        self.rows += [row | self.surroundings for row in rows]
+        """Add rows, a case's in the place of those that it had, and write all."""
+        new = [row | self.surroundings for row in rows]
+        again = {_case(row) for row in new if row["rows"] is not None}
+        self.rows = [row for row in self.rows if _case(row) not in again] + new
         if self.path is not None:
             tables.write_json(self.rows, self.path)
 
@@ -71,13 +73,23 @@ class State:
         }
 
     def measured(self, case: Case) -> list[Row]:
-        """Return a case's measurements; none: it is still to be measured."""
-        return [row for row in self.rows if tuple(row[name] for name in Case._fields) == case]
+        """Return a case's measurements."""
+        return [row for row in self.rows if _case(row) == case]
+
+    def has_all(self, case: Case, configs: Sequence[Config]) -> bool:
+        """Say whether each of a case's configurations was measured, or dropped by the filter, as the first never is."""
+        measured = {Config(**row["config"]) for row in self.measured(case) if row["config"] is not None}
+        verdicts = self.verdicts(case.kernel, case.arithmetic)
+        dropped = {config for config, verdict in verdicts.items() if verdict != OK}
+        return configs[0] in measured and measured | dropped >= {*configs}
 
     def cases(self) -> list[Case]:
         """Return what has been measured, in its order."""
-        found = (Case(*(row[name] for name in Case._fields)) for row in self.rows if row["rows"] is not None)
-        return [*dict.fromkeys(found)]
+        return [*dict.fromkeys(_case(row) for row in self.rows if row["rows"] is not None)]
+
+
+def _case(row: Row) -> Case:
+    return Case(*(row[name] for name in Case._fields))
 
 
 def _read(path: Path, surroundings: Row) -> list[Row]:
@@ -138,8 +150,8 @@ def merged(content: dict[str, Any], path: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, KeyError):
         return content
-    here = {tuple(row[name] for name in Case._fields) for row in content["rows"]}
-    kept = [row for row in before["rows"] if tuple(row[name] for name in Case._fields) not in here]
+    here = {_case(row) for row in content["rows"]}
+    kept = [row for row in before["rows"] if _case(row) not in here]
     return content | {"rows": content["rows"] + kept}
 
 

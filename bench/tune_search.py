@@ -82,10 +82,10 @@ def filter_all(candidates: Candidates, state: State, arch: str, arithmetic: str,
 
 
 def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmetic: str, budget: Budget) -> Found:
-    """Add each case's measurements to the state, in the order of candidates; cases that it has are not measured again.
-    What time is left is divided evenly over the cases left."""
+    """Add each case's measurements to the state, in the order of candidates; a case is measured again, whole, where the
+    state lacks one of its candidates. What time is left is divided evenly over the cases left."""
     found = Found([], [])
-    todo = {case: configs for case, configs in candidates.items() if not state.measured(case)}
+    todo = {case: configs for case, configs in candidates.items() if not state.has_all(case, configs)}
     # While something is measured, the cores that launch and wait are left alone.
     with Filter(arch, arithmetic, max(1, ranks.cores() - 2), budget) as compiler:
         verdicts = _Verdicts(state, todo, compiler)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from tune_candidates import ARITHMETICS
+from tune_candidates import dtype_of
 from tune_cases import Case
 from workloads import Draws
 
@@ -56,7 +56,7 @@ def workload(case: Case, device: torch.device) -> Workload:
         "weight_grads": _weight_grads,
     }
     make |= {"linear": _linear, "dgrad": _dgrad, "wgrad": _wgrad}
-    return make[kernel](case, Draws(ARITHMETICS[case.arithmetic], device))
+    return make[kernel](case, Draws(dtype_of(case), device))
 
 
 def _activation(case: Case) -> str:

@@ -64,7 +64,7 @@ def point(
             {
                 **{"impl": impl, "label": f"what {impl} is", "mode": mode, "shape": name},
                 **{"regime": name.split("-")[0], "tokens": tokens, "hidden": hidden, "ffn_per_rank": ffn},
-                **{"activation": activation, "dtype": dtype, "bias": True},
+                **{"activation": activation, "dtype": dtype},
                 **{"run": run if cuda else "eager", "l2": l2 if cuda else "as left", "iters": 50},
                 **dict(zip(("ms_p20", "ms_p50", "ms_p80"), _quantiles(ms, spread), strict=True)),
                 **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios, strict=True)),

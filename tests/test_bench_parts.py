@@ -6,6 +6,7 @@ A fake torch.cuda rehearses what a machine without a GPU cannot run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ import steps
 import timing
 import workloads
 
-from tpffn_triton import collectives
+from tpffn_triton import backends, collectives
 from tpffn_triton.kernels.activations import ACTIVATIONS
 from tpffn_triton.sharding import unshard_ffn
 
@@ -89,6 +90,23 @@ def test_rounds_interleave_and_each_implementation_leads_in_turn() -> None:
     assert timing.rounds_within(10, (3, 50), lambda: 0, ALONE) == 50
 
 
+def test_the_warm_up_is_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    class Second:
+        def measure(self, step: Any, rank: ranks.Rank) -> tuple[float, float]:
+            now[0] += 1
+            return 1, 0
+
+    monkeypatch.setattr(timing, "HostClock", Second)
+    named: Any = {"a": "a", "b": "b"}
+    how: dict[str, Any] = {"graph": False, "quick": False, "rounds": None}
+    # A round takes 2 s, and another one has warmed up.
+    assert timing.time_rounds(named, ALONE, **how, seconds=42)[1] == 20
+    assert timing.time_rounds(named, ALONE, **how, seconds=0)[1] == 10
+
+
 def test_a_backward_stays_behind_its_forward() -> None:
     clock = FakeClock()
     named: Any = {name: name for name in "aAbBcC"}
@@ -143,6 +161,29 @@ def test_peak_memory_counts_what_a_step_allocates() -> None:
     if peak is None:
         pytest.skip("this kernel does not tell")
     assert 60 << 20 < peak < 80 << 20
+
+
+def test_memory_is_of_the_launchers_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = backends.implementation("cpu").ffn_forward
+    launched: list[str] = []
+
+    def spy(*given: Any, **options: Any) -> Any:
+        launched.append("spy")
+        return own(*given, **options)
+
+    known = implementations.IMPLEMENTATIONS["fused"]
+    exchanged = dataclasses.replace(known, launchers={"ffn_forward": spy})
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "fused", exchanged)
+
+    def peak_bytes(step: steps.Step, rank: ranks.Rank) -> int:
+        launched.clear()
+        step()
+        return len(launched)
+
+    monkeypatch.setattr(memory, "peak_bytes", peak_bytes)
+    how = (("fp32",), ("fwd",), ("fused",), "gelu", False, 3, False, True, True, "")
+    (row,) = measure.measure(ALONE, measure.Settings((TINY,), *how))["rows"]
+    assert row["peak_mem_bytes"] == 1
 
 
 def test_infinite_and_undefined_values_survive_the_maximum() -> None:

@@ -129,6 +129,18 @@ def test_launchers_are_put_back() -> None:
         LaunchedBy("cpu", forms_measure.launchers(Way(TWO), {}), make)
     assert vars(kernels) == before
 
+    class Raising(steps.Step):
+        def __init__(self) -> None:
+            self.forward = self.problem = self.group = self.mode = None
+
+        def __call__(self) -> None:
+            make()
+
+    step = LaunchedBy("cpu", forms_measure.launchers(Way(TWO), {}), Raising)
+    with pytest.raises(ArithmeticError, match="no step"):
+        step()
+    assert vars(kernels) == before
+
 
 def without_db2(d_pre, x, dy, act, db_partial, db2_src, *dtypes):
     *grads, db2 = forms_measure.weight_grads(d_pre, x, dy, act, db_partial, db2_src, *dtypes)

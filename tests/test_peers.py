@@ -1,9 +1,8 @@
-"""bench/peers.py: rows, refusals, what is left out and what is kept of a run before; who is here and who is not."""
+"""bench/peers.py: rows, refusals and what is left out; test_peers_resumed.py has what is kept of a run before."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from commands import ROOT, run
+from peer_runs import SIZES, peers_here, raising, replaced
 
 sys.path.insert(0, str(ROOT / "bench"))
 
 import compiler
-import environment
+import memory
 import peer_implementations
 import peer_table
 import peers
@@ -29,35 +29,25 @@ from budget import Budget
 from peer import Place
 from peer_implementations import PEERS
 from peer_results import Results
+from peer_settings import Settings
 from shards import GRIDS, SHARDS, TUNED_AT, shard
 
 pytestmark = pytest.mark.cpu_only
-SIZES = ["--hidden", "32", "--ffn", "48", "--iters", "3", "--quick"]
 OWN = ["--peers", "eager,two-gemms,fused,fused-recompute"]
 FIELDS = {
-    *("impl", "label", "mode", "shape", "regime", "tokens", "hidden", "ffn_per_rank", "activation", "dtype", "bias"),
+    *("impl", "label", "mode", "shape", "regime", "tokens", "hidden", "ffn_per_rank", "activation", "dtype"),
     *("run", "l2", "iters", "ms_p20", "ms_p50", "ms_p80", "ratio_p20", "ratio_p50", "ratio_p80", "tflops", "flops"),
     *("moved_bytes", "roofline_pct", "gb_per_s", "errors", "max_rel_err", "error_vs_eager", "saved_bytes"),
     *("peak_mem_bytes", "device", "device_type", "torch", "triton", "commit", "uncommitted_changes", "command"),
-    "versions",
+    *("versions", "kernels", "tuned", "quick"),
 }
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process, where kernels are interpreted; its threads are put back."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(environment, "_git", lambda *arguments: "abc" if "rev-parse" in arguments else "")
-    threads = torch.get_num_threads()
-    yield lambda *arguments: peers.main([*SIZES, *arguments] if "--tokens" in arguments else list(arguments))
-    torch.set_num_threads(threads)
-
-
-def replaced(monkeypatch: pytest.MonkeyPatch, name: str, build: Any) -> None:
-    """Have a peer be built otherwise."""
-    monkeypatch.setitem(PEERS, name, dataclasses.replace(PEERS[name], build=build))
+    """Run the command line; see peers_here."""
+    with peers_here(monkeypatch) as main:
+        yield main
 
 
 def test_rows_and_table(bench, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -73,7 +63,7 @@ def test_rows_and_table(bench, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         both = row["mode"] == "fwd_bwd"
         m, passes = row["tokens"], 3 if both else 1
         assert (row["shape"], row["regime"], row["run"], row["l2"]) == (f"{m}x32x48", "other", "eager", "as left")
-        assert (row["iters"], row["bias"], row["activation"], row["dtype"]) == (3, True, "gelu", "fp32")
+        assert (row["iters"], row["activation"], row["dtype"]) == (3, "gelu", "fp32")
         assert (row["hidden"], row["ffn_per_rank"], row["commit"]) == (32, 48, "abc")
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["flops"] == 4 * m * 32 * 48 * passes
@@ -131,10 +121,6 @@ def half_of(build: Any) -> Any:
     return built
 
 
-def raising(*given: Any) -> Any:
-    raise ArithmeticError("not here")
-
-
 @pytest.mark.parametrize(("name", "status"), [("eager", 0), ("fused", 1)])
 @pytest.mark.parametrize(
     ("breaks", "why"),
@@ -159,6 +145,31 @@ def test_what_is_wrong_or_raises_is_named_and_the_others_go_on(
     assert why in printed
 
 
+@pytest.mark.parametrize(("name", "status"), [("eager", 0), ("fused", 1)])
+def test_a_peer_that_fails_while_it_is_weighed_is_named_and_the_others_go_on(
+    name: str, status: int, bench, monkeypatch, tmp_path: Path, capsys
+) -> None:
+    forwards: list[Any] = []
+    build, peak_bytes = PEERS[name].build, memory.peak_bytes
+
+    def noted(activation: str) -> Any:
+        forwards.append(build(activation))
+        return forwards[-1]
+
+    def no_memory(step, rank):
+        if step.forward in forwards:
+            raise MemoryError("too large")
+        return peak_bytes(step, rank)
+
+    replaced(monkeypatch, name, noted)
+    monkeypatch.setattr(memory, "peak_bytes", no_memory)
+    out = tmp_path / "rows.json"
+    assert bench("--tokens", "6", "--mode", "fwd_bwd", "--peers", "eager,fused", "--json", str(out)) == status
+    assert [row["impl"] for row in json.loads(out.read_text())] == [{"eager": "fused", "fused": "eager"}[name]]
+    why = f"{name} (6x32x48, gelu, fp32, fwd_bwd, eager) failed: MemoryError: too large"
+    assert f"NOT TIMED: {why}\n" in capsys.readouterr().out + "\n"
+
+
 def test_bare_gemms_are_compared_with_their_own_product(bench, monkeypatch, capsys) -> None:
     for activation in ("gelu", "swiglu"):
         assert bench("--tokens", "6", "--peers", "two-gemms", "--activation", activation) == 0
@@ -181,38 +192,6 @@ def test_a_shape_that_fails_leaves_the_others(bench, monkeypatch, tmp_path: Path
     assert bench("--tokens", "6,8", "--mode", "fwd", *OWN[:1], "eager", "--json", str(out)) == 1
     assert [row["tokens"] for row in json.loads(out.read_text())] == [8]
     assert "NOT TIMED: 6x32x48 failed: MemoryError: too large" in capsys.readouterr().out
-
-
-def test_a_stopped_run_keeps_its_rows_and_another_goes_on(bench, monkeypatch, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "rows.json"
-    flags = ("--tokens", "6,8", "--mode", "fwd", "--peers", "eager,fused", "--json", str(out))
-    measured: list[int] = []
-    measure_shard = peers_measure._measure_shard
-
-    def stopped_at_8(rank, settings, shard, *given):
-        measured.append(shard.shape.tokens)
-        if shard.shape.tokens == 8 and len(measured) < 3:
-            raise KeyboardInterrupt
-        return measure_shard(rank, settings, shard, *given)
-
-    monkeypatch.setattr(peers_measure, "_measure_shard", stopped_at_8)
-    with pytest.raises(KeyboardInterrupt):
-        bench(*flags)
-    before = json.loads(out.read_text())
-    assert [row["tokens"] for row in before] == [6, 6]
-    assert bench(*flags, "--resume") == 0
-    assert measured == [6, 8, 8]
-    after = json.loads(out.read_text())
-    assert after[:2] == before
-    assert [row["tokens"] for row in after] == [6, 6, 8, 8]
-    assert "6x32x48, gelu, fp32, fwd, eager: kept as measured before: eager, fused\n" in capsys.readouterr().err
-    # Other commits' rows are measured again, and replaced; what this run does not measure is kept.
-    monkeypatch.setattr(environment, "_git", lambda *arguments: "def" if "rev-parse" in arguments else "")
-    assert bench(*flags[:1], "8", *flags[2:], "--resume") == 0
-    assert measured == [6, 8, 8, 8]
-    assert [(row["tokens"], row["commit"]) for row in json.loads(out.read_text())] == [(6, "abc")] * 2 + [
-        (8, "def")
-    ] * 2
 
 
 def test_the_budget_is_divided_and_says_what_it_leaves_out(bench, monkeypatch, tmp_path: Path, capsys) -> None:
@@ -249,8 +228,7 @@ def test_saved_bytes_are_what_the_formula_says() -> None:
     shape = workloads.Shape("", 1, 8, 32, 48, 1)
     problem = workloads.shard(workloads.draw(shape, "fp32", "gelu", torch.device("cpu")), 0, 1, "gelu")
     found = {
-        name: peers_measure.saved_bytes(PEERS[name].build("gelu"), problem)
-        for name in ("eager", "fused", "fused-recompute")
+        name: memory.saved_bytes(PEERS[name].build("gelu"), problem) for name in ("eager", "fused", "fused-recompute")
     }
     hidden = 8 * 48 * 4
     assert found == {"eager": 2 * hidden, "fused": hidden, "fused-recompute": 0}
@@ -280,7 +258,7 @@ def test_the_list_of_peers_measures_nothing(bench, monkeypatch, capsys) -> None:
 
 def test_runs_and_states_of_l2(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU; the clock and the graphs themselves are rehearsed in test_bench_parts.py."""
-    made: list[bool] = []
+    made: list[object] = []
     timed: list[tuple[bool, bool]] = []
 
     def make_step(forward, problem, group, mode, graph):
@@ -292,18 +270,19 @@ def test_runs_and_states_of_l2(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: timing.Times([1.0], [], []) for name in named}, 1
 
     monkeypatch.setattr(peers_measure, "make_step", make_step)
+    monkeypatch.setattr(memory, "peak_bytes", lambda step, rank: made.append("weighed"))
     monkeypatch.setattr(timing, "time_rounds", time_rounds)
     place, rank = Place("cpu", "fp32", "relu"), ranks.Rank(0, 1, torch.device("cpu"), 1, None)
     chosen = (shard("other", "tiny", 6, 32, 48),)
     how = (("fwd",), ("eager", "graph"), ("cold", "warm"), None, True, None, "")
     results = Results(None, None)
-    assert not peers_measure.measure(rank, peers_measure.Settings(chosen, ("fused",), place, *how), results).refused
-    assert made == [False, True]
+    assert not peers_measure.measure(rank, Settings(chosen, ("fused",), place, *how), results).refused
+    assert made == ["weighed", False, "weighed", True]  # never after what was captured
     assert timed == [(False, False), (False, True), (True, False), (True, True)]
     found = [(row["run"], row["l2"]) for row in results.rows()]
     assert found == [(name, l2) for name in ("eager", "graph") for l2 in ("cold", "warm")]
     cuda = [row | {"device_type": "cuda", "backend": "triton", "cuda": "13.0"} for row in results.rows()]
-    printed = peer_table.table(cuda, peers_measure.Outcome())
+    printed = peer_table.table(cuda, peers_measure.Untimed())
     for how_run, l2 in found:
         assert f"WITHOUT COMMUNICATION, {how_run}, L2 {l2}\n" in printed
 

@@ -13,6 +13,7 @@ from peer_rows import CPU, DECODE, H100, US, point, reported, write
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import environment
 from report_goals import GOALS, NOT_YET
 
 pytestmark = pytest.mark.cpu_only
@@ -118,3 +119,8 @@ def test_goals_of_each_device_and_of_an_unknown_one(said, tmp_path: Path) -> Non
     assert goals_of("\n\n" + second)["the same, graph", "ours ≥ 80 % of copy bandwidth"] == [NOT_YET]
     assert "Copy bandwidth of NVIDIA H100 PCIe MIG is unknown: its share is not measured." in second
     assert f"Copy bandwidth of {H100} is unknown" not in out
+    # Of some devices it was measured, of others it is the datasheet's peak.
+    for device, tb_per_s in ((H100, "3 TB/s"), ("NVIDIA A100-SXM4-80GB", "2.04 TB/s")):
+        out = said(write(tmp_path / "rows.json", point(US, device=device)), "--goals").out
+        source = environment.ceiling(device).source
+        assert f"Copy bandwidth of {device}: {tb_per_s} by tpffn_triton/presets.py: {source}.\n" in out + "\n"

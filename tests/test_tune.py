@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from commands import ROOT, run
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -23,7 +24,7 @@ import tune_rows
 import tune_search
 import tune_workloads
 from tune_candidates import candidates, name_of
-from tune_cases import Case, Shard, all_cases
+from tune_cases import Case, all_cases, given_shard, shards_of
 from tune_filter import OK, FilterFailed
 from tune_rows import CUBLAS, State, choose
 
@@ -149,7 +150,8 @@ def test_kernels_left_out_are_added_on_resuming(search, approved, tmp_path: Path
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_is_right_in_its_workload(kernel: str) -> None:
     """Odd numbers of tokens too; torch's GEMM for plain GEMMs alone."""
-    case = next(case for case in all_cases((), [kernel], "16bit", [Shard(70 if kernel.endswith("ffn") else 5, 32, 48)]))
+    shard = given_shard(70 if kernel.endswith("ffn") else 5, 32, 48)
+    case = next(case for case in all_cases([shard], [kernel], "16bit"))
     rank = tune.Rank(0, 1, torch.device("cpu"), 1, None)
     tune.interpreter.install()
     config = candidates(case, "sm_90")[0]
@@ -174,7 +176,8 @@ def test_a_wrong_candidate_is_not_timed(search, approved, tmp_path: Path, monkey
     monkeypatch.setattr(tune_workloads, "linear", wrong_where(lambda config: config == other))
     assert search(*TINY, "--out", out, "--json", state) == 1
     (row,) = (r for r in json.loads(state.read_text()) if r["config"] == other.meta and r["rows"] is not None)
-    assert row["verdict"] == f"candidate {name_of(other)} is wrong: y is off by 0.1 against fp64, allowed 0.02"
+    assert row["verdict"].startswith(f"candidate {name_of(other)} is wrong: y is off by 0.1")
+    assert row["verdict"].endswith(" against fp64, allowed 0.02")
     assert row["us_p50"] is None
     assert json.loads(out.read_text())["rows"][0]["candidates"] == 1
     assert f"FAILED: linear [16, 32] over 64, 16bit: {row['verdict']}\n" in capsys.readouterr().out
@@ -182,6 +185,24 @@ def test_a_wrong_candidate_is_not_timed(search, approved, tmp_path: Path, monkey
     monkeypatch.setattr(tune_workloads, "linear", wrong_where(lambda config: config == own))
     assert search(*TINY, "--out", tmp_path / "none.json") == 1
     assert not (tmp_path / "none.json").exists()  # without the tables' choice there is nothing to compare with
+
+
+def test_a_candidate_with_one_wrong_row_is_not_timed(monkeypatch) -> None:
+    case = Case("linear", "16bit", 16384, 32, 64)
+    own, other = candidates(case, "sm_90", 2)
+
+    def linear(a, weight, bias, config):
+        y = F.linear(a, weight, bias)
+        if config == other:
+            y[777] = 0
+        return y
+
+    monkeypatch.setattr(tune_workloads, "linear", linear)
+    rank = tune.Rank(0, 1, torch.device("cpu"), 1, None)
+    rows, _ = tune_measure.measure(rank, case, [own, other], 1)
+    assert [row["verdict"] == OK for row in rows] == [True, True, False]
+    assert " is wrong: y is off by " in rows[2]["verdict"]
+    assert rows[2]["us_p50"] is None
 
 
 def test_a_candidate_that_leaves_nan_is_not_timed(search, approved, tmp_path: Path, monkeypatch) -> None:
@@ -224,10 +245,51 @@ def test_candidates_that_were_not_compiled_are_not_launched(search, tmp_path: Pa
     assert "FAILED: candidates of linear: no compiler" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", ["not reached", "not compiled"])
+def test_cases_measured_in_part_are_resumed(missing: str, search, tmp_path: Path, monkeypatch, capsys) -> None:
+    """One whole, the other without a candidate; the first is not measured again."""
+    out, state = tmp_path / "tuned.json", tmp_path / "state.json"
+    flags = ("--kernel", "linear", "--candidates", "2", "--out", out, "--json", state)
+    shapes = ("--shape", "16,32,64", "--shape", "16,32,96")
+    measured: list[tuple[int, int]] = []
+
+    def measure(rank, case, configs, seconds):
+        measured.append((case.inner, len(configs)))
+        reached = configs[:1] if missing == "not reached" and len(measured) == 2 else configs
+        rows, _ = tune_measure.measure(rank, case, reached, seconds)
+        return tune_measure.Measured(rows, len(configs) - len(reached))
+
+    class Drops(Approves):
+        def start(self, kernel, configs):
+            done = Future()
+            done.set_exception(FilterFailed("no compiler"))
+            return done
+
+    monkeypatch.setattr(tune_search, "measure", measure)
+    monkeypatch.setattr(tune_search, "Filter", Approves if missing == "not reached" else Drops)
+    assert search(*flags, *shapes) == (missing == "not compiled")
+    monkeypatch.setattr(tune_search, "Filter", Approves)
+    again = [(96, 2)] if missing == "not reached" else [(64, 2), (96, 2)]
+    assert search(*flags, *shapes, "--resume") == 0
+    assert measured[2:] == again
+    # What was measured again takes the place of what there was.
+    rows = [row for row in json.loads(state.read_text()) if row["rows"] is not None]
+    assert sorted(row["inner"] for row in rows) == [64] * 3 + [96] * 3
+    assert [row["candidates"] for row in json.loads(out.read_text())["rows"]] == [2, 2]
+    assert search(*flags, *shapes, "--resume") == 0
+    assert measured[2:] == again
+
+
 def test_what_does_not_fit_the_budget_is_said(search, approved, tmp_path: Path, capsys) -> None:
-    assert search(*TINY, "--out", tmp_path / "tuned.json", "--budget", "1") == 0
-    assert not (tmp_path / "tuned.json").exists()
-    assert "nothing was measured" in (printed := capsys.readouterr().out)
+    out = tmp_path / "tuned.json"
+    assert search(*TINY, "--out", out, "--budget", "1") == 0
+    assert not out.exists()
+    printed, progress = capsys.readouterr()
+    assert "nothing was measured" in printed
+    out.write_text("{}")
+    assert search(*TINY, "--out", out, "--budget", "1") == 0
+    assert out.read_text() == "{}"
+    assert "wrote" not in progress + capsys.readouterr().err
     assert "LEFT OUT: linear [16, 32] over 64, 16bit\n" in printed
 
 
@@ -252,7 +314,7 @@ def test_a_state_of_another_machine_is_not_continued(tmp_path: Path) -> None:
 def test_dry_run_and_list_count_the_same(search, capsys) -> None:
     assert search("--dry-run", "--arch", "sm_80", "--regime", "analysed", "--kernel", "linear,wgrad") == 0
     lines = capsys.readouterr().out.splitlines()
-    cases = all_cases(["analysed"], ["linear", "wgrad"], "16bit")
+    cases = all_cases(shards_of(["analysed"]), ["linear", "wgrad"], "16bit")
     every = [candidates(case, "sm_80") for case in cases]
     total = [len(cases), sum(len({*found}) for found in every[:1]) + len({c for found in every[1:] for c in found})]
     assert lines[-2].split() == ["in", "all", *map(str, (*total, sum(map(len, every))))]

@@ -16,10 +16,11 @@ from test_compile_gate import run_compiling, versions
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import shards
 import tune_filter
 from budget import Budget
 from tune_candidates import _OF_FEW_TOKENS, MOST, SHARED_BYTES, candidates, tables_choice
-from tune_cases import REGIMES, Case, Shard, all_cases
+from tune_cases import KERNELS_OF, Case, all_cases, given_shard, shards_of
 from tune_filter import OK, Filter, FilterFailed, OutOfTime
 
 from tpffn_triton.kernels._configs import KERNELS, Config
@@ -31,7 +32,7 @@ OWN = Config(64, 64, 64, 4, 4, USE_TMA=True)
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_candidates_are_few_and_begin_with_the_tables_choice(arch: str) -> None:
     kernels = set()
-    for case in all_cases(REGIMES, KERNELS, "16bit"):
+    for case in all_cases(shards_of(KERNELS_OF), KERNELS, "16bit"):
         found = candidates(case, arch)
         own = tables_choice(case, arch)
         assert (found[0] if found else None) == own
@@ -51,7 +52,7 @@ def test_candidates_are_few_and_begin_with_the_tables_choice(arch: str) -> None:
 
 def test_every_choice_for_few_tokens_is_tried() -> None:
     steps, prefetched, slices, widths = _OF_FEW_TOKENS
-    for case in all_cases(("decode",), ("few_tokens",), "16bit"):
+    for case in all_cases(shards_of(["decode"]), ["few_tokens"], "16bit"):
         found = candidates(case, "sm_90")
         assert {c.PREFETCH_K for c in found} >= {*prefetched}
         assert {(c.BLOCK_K, c.num_stages) for c in found} >= {*steps}
@@ -62,7 +63,7 @@ def test_every_choice_for_few_tokens_is_tried() -> None:
 
 @pytest.mark.parametrize("arithmetic", ["tf32", "ieee"])
 def test_fp32_is_loaded_through_pointers(arithmetic: str) -> None:
-    for case in all_cases(("analysed", "decode"), KERNELS, arithmetic):
+    for case in all_cases(shards_of(["analysed", "decode"]), KERNELS, arithmetic):
         found = candidates(case, "sm_90")
         assert len(found) > 2
         assert not any(config.USE_TMA for config in found)
@@ -77,14 +78,21 @@ def test_the_limits_are_the_gates() -> None:
     )
 
 
+def test_every_regime_of_a_gpu_is_tuned_at_its_shards() -> None:
+    assert {*shards_of(KERNELS_OF)} == {*shards.GRIDS["cuda"]}
+    sizes = {(case.rows, case.cols, case.inner) for case in all_cases(shards_of(["wide"]), ["linear_act"], "16bit")}
+    assert sizes == {(m, *f_h) for m in (4096, 8192, 16384) for f_h in ((4096, 4096), (3584, 8192))}
+    assert not all_cases(shards_of(["decode"]), ["dgrad"], "16bit")
+
+
 def test_cases_are_what_configurations_are_asked_for() -> None:
     """Sizes as in the launchers, plain and gated: M=4, H=32, F/P=48. With more tokens, or in fp32, forward is another
     launch."""
     found = {}
-    for case in all_cases((), KERNELS, "16bit", [Shard(4, 32, 48)]):
+    for case in all_cases([given_shard(4, 32, 48)], KERNELS, "16bit"):
         found.setdefault(case.kernel, []).append(tuple(case[2:]))
     for tokens, arithmetic in ((65, "16bit"), (4, "ieee")):
-        kernels = {case.kernel for case in all_cases((), KERNELS, arithmetic, [Shard(tokens, 32, 48)])}
+        kernels = {case.kernel for case in all_cases([given_shard(tokens, 32, 48)], KERNELS, arithmetic)}
         assert kernels == set(KERNELS) - {"few_tokens", "gated_few_tokens"}
     forward = [(4, 48, 32)]
     names = ("few_tokens", "linear_act", "linear_dact")

@@ -22,6 +22,7 @@ import ranks
 import steps
 import vendor_peers
 import workloads
+from implementations import IMPLEMENTATIONS
 from peer import Place, importable
 from peer_implementations import PEERS, listing
 
@@ -79,6 +80,7 @@ def test_peers_exist_where_they_compute_what_is_asked_for() -> None:
     assert refusal("nvmath", "cuda", "fp32", "gelu_tanh") == "takes bf16, fp16, not fp32"
     assert refusal("liger", "cuda", "bf16", "gelu") == "computes geglu_tanh, swiglu on cuda, not gelu"
     assert refusal("compile-max-autotune", "cuda", "bf16", "gelu") is None
+    assert PEERS["fused-triton"].launchers is IMPLEMENTATIONS["fused-triton"].launchers
 
 
 def test_what_cannot_be_imported_is_missing_whatever_it_raises(monkeypatch, tmp_path: Path) -> None:
