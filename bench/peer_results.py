@@ -66,8 +66,10 @@ class Results:
             self.by_key.setdefault(key, []).append(row)
 
     def peers(self, key: Key) -> list[str]:
-        """Return the peers that have a row; none without a commit, which could be any."""
-        return [] if key.commit is None else [row["impl"] for row in self.by_key.get(key, [])]
+        """Return the peers that have a row, or a full one where it need not be; none without a commit, which could be
+        any."""
+        rows = self.by_key.get(key) or self.by_key.get(replace(key, quick=False), [])
+        return [] if key.commit is None else [row["impl"] for row in rows]
 
     def add(self, rows: list[Row]) -> None:
         """Add the rows of a shape, in the place of those measured before on this device, and write all."""

@@ -1,4 +1,4 @@
-"""Say what a run of bench/peers.py is to measure, and what of that its results lack."""
+"""Say what a run of bench/peers.py is to measure, and what of that has no results yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,23 +32,19 @@ class Settings:
 
 
 def lacking(rank: Rank, settings: Settings, surroundings: Row, results: Results) -> dict[Shard, list[Key]]:
-    """Return what is still to be measured of each shape, in order; where one peer is missing all are measured anew, as
-    only what is interleaved can be compared."""
+    """Return what has no rows of each shape, in order. What has some is kept: only what was interleaved with them could
+    join them."""
     found: dict[Shard, list[Key]] = {}
-    begun = set()
     for shard in settings.shards:
         for key in _keys(settings, shard, surroundings):
             kept = results.peers(key)
-            missing = [peer.name for peer in settings.timed_at(key.shape, key.mode) if peer.name not in kept]
-            if missing:
+            if not kept:
                 found.setdefault(shard, []).append(key)
-            if missing and kept:
-                begun.add(shard)
-                rank.say(f"{key}: {', '.join(missing)} missing; measured anew in the place of {', '.join(kept)}")
-            elif kept:
-                rank.say(f"{key}: kept as measured before: {', '.join(kept)}")
-    # What has no rows first: a peer that always fails must not keep a budget from it.
-    return {shard: found[shard] for shard in sorted(found, key=lambda shard: shard in begun)}
+                continue
+            absent = [peer.name for peer in settings.timed_at(key.shape, key.mode) if peer.name not in kept]
+            without = f"; for {', '.join(absent)} beside them start a new file" if absent else ""
+            rank.say(f"{key}: kept as measured before: {', '.join(kept)}{without}")
+    return found
 
 
 def _keys(settings: Settings, shard: Shard, surroundings: Row) -> Iterator[Key]:

@@ -170,6 +170,7 @@ def _weighed(
     """
     launched = partial(launched_by, subject.settings.place.device_type, peer.launchers)
     eager = launched(partial(Step, forward, subject.problem, None, mode))
+    eager.reset()  # of a peer that failed in its step there are gradients left
     eager()  # what is allocated once is no step's
     eager.reset()
     weight["saved_bytes"] = memory.saved_bytes(forward, subject.problem) if mode == "fwd_bwd" else None

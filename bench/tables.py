@@ -176,10 +176,10 @@ def write_json(rows: list[Row], path: Path) -> None:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Write a header line and one line a row; None is an empty field."""
+    """Write a header line and one line a row; None is an empty field, and so is one that only other rows have."""
     text = io.StringIO(newline="")
     if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -45,7 +45,7 @@ EPILOG = """\
 examples:
   python bench/tune.py --dry-run                              what would be compiled and measured
   python bench/tune.py --json tune_state.json                 all of it, in eight minutes
-  python bench/tune.py --json tune_state.json --resume        what that left out; cases measured in part anew
+  python bench/tune.py --json tune_state.json --resume        what was left out of that, and no more
   python bench/tune.py --kernel linear,dgrad --shape 8192,5120,3456 --out mine.json
   python bench/tune.py --filter-only --arch sm_90             without a GPU: what the compiler says of the candidates
 """

@@ -57,10 +57,15 @@ class State:
             self.rows = _read(path, surroundings)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add rows, a case's in the place of those that it had, and write all."""
+        """Add rows, in the place of those of the same contenders, and write all. What was chosen of a case before is so
+        until it has been measured again, beside what was missing."""
         new = [row | self.surroundings for row in rows]
-        again = {_case(row) for row in new if row["rows"] is not None}
-        self.rows = [row for row in self.rows if _case(row) not in again] + new
+        again = {_contender(row) for row in new}
+        held = {_case(row) for row in self.rows if row["chosen"] and _contender(row) not in again}
+        cases = {_case(row) for row in new} - held
+        kept = [row for row in self.rows if _contender(row) not in again]
+        self.rows = [row | {"chosen": row["chosen"] and _case(row) not in cases} for row in kept]
+        self.rows += [row | {"chosen": row["chosen"] and _case(row) not in held} for row in new]
         if self.path is not None:
             tables.write_json(self.rows, self.path)
 
@@ -76,12 +81,18 @@ class State:
         """Return a case's measurements."""
         return [row for row in self.rows if _case(row) == case]
 
-    def has_all(self, case: Case, configs: Sequence[Config]) -> bool:
-        """Say whether each of a case's configurations was measured, or dropped by the filter, as the first never is."""
-        measured = {Config(**row["config"]) for row in self.measured(case) if row["config"] is not None}
+    def lacking(self, case: Case, configs: Sequence[Config]) -> list[Config]:
+        """Return which of a case's configurations were neither measured nor dropped by the filter, as the first never
+        is."""
+        known = {Config(**row["config"]) for row in self.measured(case) if row["config"] is not None}
         verdicts = self.verdicts(case.kernel, case.arithmetic)
-        dropped = {config for config, verdict in verdicts.items() if verdict != OK}
-        return configs[0] in measured and measured | dropped >= {*configs}
+        known |= {config for config, verdict in verdicts.items() if verdict != OK and config != configs[0]}
+        return [config for config in configs if config not in known]
+
+    def chosen(self, case: Case) -> list[Config]:
+        """Return the configuration that was chosen of a case; none: there is no choice, or it is torch's GEMM."""
+        rows = [row for row in self.measured(case) if row["chosen"] and row["config"] is not None]
+        return [Config(**row["config"]) for row in rows]
 
     def cases(self) -> list[Case]:
         """Return what has been measured, in its order."""
@@ -90,6 +101,10 @@ class State:
 
 def _case(row: Row) -> Case:
     return Case(*(row[name] for name in Case._fields))
+
+
+def _contender(row: Row) -> tuple[Case, str, Contender]:
+    return _case(row), row["contender"], None if row["config"] is None else Config(**row["config"])
 
 
 def _read(path: Path, surroundings: Row) -> list[Row]:

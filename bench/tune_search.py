@@ -82,10 +82,12 @@ def filter_all(candidates: Candidates, state: State, arch: str, arithmetic: str,
 
 
 def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmetic: str, budget: Budget) -> Found:
-    """Add each case's measurements to the state, in the order of candidates; a case is measured again, whole, where the
-    state lacks one of its candidates. What time is left is divided evenly over the cases left."""
+    """Add each case's measurements to the state, in the order of candidates, but first those that have none; where some
+    candidates are missing, they are measured beside what was chosen. What time is left is divided evenly over the cases
+    left."""
     found = Found([], [])
-    todo = {case: configs for case, configs in candidates.items() if not state.has_all(case, configs)}
+    lacking = {case: configs for case, configs in candidates.items() if state.lacking(case, configs)}
+    todo = {case: lacking[case] for case in sorted(lacking, key=lambda case: bool(state.measured(case)))}
     # While something is measured, the cores that launch and wait are left alone.
     with Filter(arch, arithmetic, max(1, ranks.cores() - 2), budget) as compiler:
         verdicts = _Verdicts(state, todo, compiler)
@@ -94,7 +96,10 @@ def search(rank: Rank, candidates: Candidates, state: State, arch: str, arithmet
             if (budget.left() or 0.0) < LEAST_S:
                 found.left_out.append(str(case))
                 continue
-            worth = [configs[0], *(config for config in configs[1:] if passed.get(config) == OK)]
+            missing = [config for config in state.lacking(case, configs) if passed.get(config) == OK]
+            if state.measured(case) and not missing:
+                continue
+            worth = [*dict.fromkeys([configs[0], *state.chosen(case), *missing])]
             rank.say(f"{number + 1} of {len(todo)}: {case}, {len(worth)} of {len(configs)} candidates")
             try:
                 share = budget.share(len(todo) - number).left() or 0.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,16 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import tune
 import tune_measure
-import tune_rows
 import tune_search
 import tune_workloads
 from tune_candidates import candidates, name_of
 from tune_cases import Case, all_cases, given_shard, shards_of
 from tune_filter import OK, FilterFailed
-from tune_rows import CUBLAS, State, choose
 
 from tpffn_triton.kernels import _tuned
 from tpffn_triton.kernels._configs import KERNELS, Config
 
 pytestmark = pytest.mark.cpu_only
-OWN = Config(64, 64, 64, 4, 4, USE_TMA=True)
-FASTER, OTHER = replace(OWN, num_stages=3), replace(OWN, BLOCK_N=32)
 LINEAR = Case("linear", "16bit", 16, 32, 32)
 TINY = ["--shape", "16,32,64", "--kernel", "linear", "--candidates", "2"]
 
@@ -73,24 +68,6 @@ def approved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What is chosen
-
-
-def test_choice() -> None:
-    own = [10.0, 10.0, 10.0, 10.0, 10.0]
-
-    def times(*percent: float) -> list[float]:
-        return [a * b / 100 for a, b in zip(own, percent, strict=True)]
-
-    slower = times(101, 102, 103, 104, 105)
-    assert choose({OWN: own, FASTER: slower}, OWN) == OWN
-    assert choose({OWN: own, FASTER: times(90, 91, 92, 93, 94), OTHER: times(80, 82, 81, 85, 83)}, OWN) == OTHER
-    # Faster in the median, not by more than noise.
-    assert choose({OWN: own, FASTER: times(90, 90, 90, 105, 105)}, OWN) == OWN
-    # Torch's GEMM must beat the best by 2 %, not the tables' choice.
-    assert choose({OWN: own, CUBLAS: times(99, 99, 99, 99, 99)}, OWN) == OWN
-    assert choose({OWN: own, CUBLAS: times(97, 97, 97, 97, 97)}, OWN) is CUBLAS
-    assert choose({OWN: own, CUBLAS: times(97, 97, 97, 97, 97), FASTER: times(96, 96, 96, 96, 96)}, OWN) == FASTER
-    assert choose({OWN: own, CUBLAS: times(97, 97, 97, 99, 99)}, OWN) == OWN
 
 
 def test_the_search_writes_what_kernels_read_and_resumes(search, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -272,7 +249,7 @@ def test_cases_measured_in_part_are_resumed(missing: str, search, tmp_path: Path
     again = [(96, 2)] if missing == "not reached" else [(64, 2), (96, 2)]
     assert search(*flags, *shapes, "--resume") == 0
     assert measured[2:] == again
-    # What was measured again takes the place of what there was.
+    # What was measured again takes the place of what it was.
     rows = [row for row in json.loads(state.read_text()) if row["rows"] is not None]
     assert sorted(row["inner"] for row in rows) == [64] * 3 + [96] * 3
     assert [row["candidates"] for row in json.loads(out.read_text())["rows"]] == [2, 2]
@@ -291,21 +268,6 @@ def test_what_does_not_fit_the_budget_is_said(search, approved, tmp_path: Path, 
     assert out.read_text() == "{}"
     assert "wrote" not in progress + capsys.readouterr().err
     assert "LEFT OUT: linear [16, 32] over 64, 16bit\n" in printed
-
-
-def test_a_state_of_another_machine_is_not_continued(tmp_path: Path) -> None:
-    where = dict.fromkeys(tune_rows.SAME, "a") | {"time_utc": ""}
-    state = State(tmp_path / "state.json", where, resume=True)  # there is none yet
-    state.add([tune_search._verdict_row("linear", "16bit", OWN, OK)])
-    assert State(state.path, where, resume=True).verdicts("linear", "16bit") == {OWN: OK}
-    assert State(state.path, where, resume=False).rows == []
-    assert State(state.path, where | {"torch": None}, resume=True).rows
-    for name in tune_rows.SAME:
-        with pytest.raises(ValueError, match=f"measured with {name} a, this is b: start a new file"):
-            State(state.path, where | {name: "b"}, resume=True)
-    state.path.write_text("[{}]")
-    with pytest.raises(ValueError, match=r"no state of tune.py \(KeyError\)"):
-        State(state.path, where, resume=True)
 
 
 # The command line
