@@ -64,7 +64,7 @@ def forward_form(
 
     Raises: ValueError: a form that does not take so many tokens, or one beside batch_invariant; no matrices.
     """
-    for name, operand in (("x", x), ("w1", w1), ("w2", w2)):
+    for name, operand in (("Linear1 first operand", x), ("Linear1 weight", w1), ("Linear2 weight", w2)):
         check_matrix(f"ffn {name}", operand)
     asked, arch = arch, arch or _configs.arch_of(x.device)
     (M, K), N, H = x.shape, w1.shape[0] // halves(activation), w2.shape[0]

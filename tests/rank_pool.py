@@ -26,19 +26,19 @@ class RankError(AssertionError):
     """One or more ranks raised; the message holds their tracebacks."""
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _serve(rank: int, world_size: int, port: int, backend: str, group_timeout: float, pipe) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+def _serve(rank: int, world_size: int, bound: socket.socket, backend: str, group_timeout: float, pipe) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     timeout = datetime.timedelta(seconds=group_timeout)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    address = bound.getsockname()
+    # On a socket that was bound before: a port that is only known to be free may be somebody's by now.
+    listening = bound.detach() if rank == 0 else None
+    bound.close()  # another rank's would keep the port open after rank 0 died
+    is_master = listening is not None
+    store = dist.TCPStore(*address, world_size, is_master, timeout=timeout, master_listen_fd=listening)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
     while (call := pipe.recv()) is not None:
         function, args = call
         try:
@@ -65,15 +65,17 @@ class Ranks:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        port = _free_port()
+        bound = socket.socket()
+        bound.bind(("127.0.0.1", 0))
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, port, self._backend, self._group_timeout, theirs)
+            args = (rank, self.world_size, bound, self._backend, self._group_timeout, theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()  # or its end would not show when the rank dies
             self._pipes.append(ours)
             self._processes.append(process)
+        bound.close()
 
     def outcomes(self, function, *args, timeout: float = 240) -> list:
         """Return per rank (True, value) or (False, (exception type, message, traceback))."""

@@ -103,7 +103,7 @@ def test_rejected(device):
         with count_launches() as launches, pytest.raises(ValueError, match=options[-1]):
             ffn_forward(*args, "gelu", *options)
         assert not launches
-    for name, i in (("x", 0), ("w1", 1), ("w2", 3)):
+    for name, i in (("Linear1 first operand", 0), ("Linear1 weight", 1), ("Linear2 weight", 3)):
         for wrong in (torch.ones(8, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.bfloat16)):
             operands = [*args[:i], wrong.to(device), *args[i + 1 :]]
             with pytest.raises(ValueError, match=rf"ffn {name}: expected a 2-D tensor .* got \({'8,' * wrong.dim()}\)"):
